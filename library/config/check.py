@@ -1,0 +1,240 @@
+"""Conflicts between settings, found before anything is read or written; each names the setting to change, and to what."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.config.values import show
+from library.errors import UserError, nearest, raise_all
+
+if TYPE_CHECKING:
+    from library.config.parse import Config
+
+# The flags that a conflict is about (the one to change first), and the conflict
+Problem = tuple[frozenset[str], UserError]
+
+
+def check(config: Config) -> None:
+    """Raise UserError(s) with every conflict in the configuration."""
+    raise_all([error for _, error in problems(config)])
+
+
+def problems(config: Config) -> list[Problem]:
+    """Every conflict, with the flags it follows from.
+
+    An architecture's options class may add its own with a method ``problems(config)`` that yields the same pairs.
+    """
+    found: list[Problem] = []
+    for rule in (_required, _files, _model, _output, _precision, _length, _optimizer, _objective, _buckets, _caching, _saving,
+                 _sampling, _logging):
+        found += rule(config)
+    own = getattr(config.architecture, "problems", None)
+    return found + list(own(config)) if own else found
+
+
+def conflict(config: Config, flags: str, message: str, remedy: str) -> Problem:
+    """``flags``: names separated by blanks; the first is where the user has to look."""
+    names = flags.split()
+    return frozenset(names), UserError(message, place=config.place(names[0]), remedy=remedy)
+
+
+def missing_file(config: Config, flag: str, path: Path) -> Problem | None:
+    """The conflict of a path that is not there, with the nearest name in its folder."""
+    if path.exists():
+        return None
+    try:
+        siblings = [entry.name for entry in path.parent.iterdir()]
+        remedy = nearest(path.name, siblings) or "check the spelling of the path"
+    except OSError:
+        remedy = f"there is no folder {path.parent} either; paths are looked up from {Path.cwd()}"
+    return conflict(config, flag, f"no such file or folder: {path}", remedy)
+
+
+def _required(config: Config) -> Iterator[Problem]:
+    for name, setting in config.entry.settings().items():
+        if setting.meta["required"] and getattr(getattr(config, setting.section), name) is None:
+            yield conflict(config, name, "is required", f"add --{name} {setting.meta['metavar']}")
+
+
+def _files(config: Config) -> Iterator[Problem]:
+    for name, setting in config.entry.settings().items():
+        path = getattr(getattr(config, setting.section), name)
+        if setting.meta["exists"] and path is not None:
+            problem = missing_file(config, name, path)
+            if problem:
+                yield problem
+            elif path.is_dir() and setting.meta["metavar"] == "FILE":
+                yield conflict(config, name, f"{path} is a folder, not a file", "name a file in it")
+
+
+def _model(config: Config) -> Iterator[Problem]:
+    given = config.model.pretrained_model_name_or_path
+    if given is None or Path(given).expanduser().exists():
+        return
+    name = "pretrained_model_name_or_path"
+    if given.count("/") == 1 and not Path(given).suffix.lower() in (".safetensors", ".sft", ".json", ".ckpt") \
+            and not Path(given).parent.exists():
+        yield conflict(config, name, f"no such file or folder: {given}",
+                       f"if it is meant as a hub id, download it first: hf download {given} --local-dir FOLDER")
+    else:
+        problem = missing_file(config, name, Path(given).expanduser())
+        assert problem is not None
+        yield problem
+
+
+def _output(config: Config) -> Iterator[Problem]:
+    name, folder = config.saving.output_name, config.saving.output_dir
+    if name in (".", "..") or any(letter in name for letter in '/\\:*?"<>|'):
+        yield conflict(config, "output_name", f"{name!r} is not a file name", "use letters, digits, - _ and . only")
+    if folder is None:
+        return
+    existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), Path("."))
+    if not existing.is_dir():
+        yield conflict(config, "output_dir", f"{existing} is a file, not a folder", "name another folder")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield conflict(config, "output_dir", f"{existing} is not writable", "name another folder, or change its permissions")
+    model = config.model.pretrained_model_name_or_path
+    result = folder / f"{name}.safetensors"
+    if model is not None and result.exists() and Path(model).exists() and os.path.samefile(result, model):
+        yield conflict(config, "output_name output_dir pretrained_model_name_or_path",
+                       f"the result would replace the model it starts from: {result}", "choose another name or folder")
+
+
+def _precision(config: Config) -> Iterator[Problem]:
+    precision = config.precision
+    if precision.full_bf16 and precision.mixed_precision != "bf16":
+        yield conflict(config, "full_bf16 mixed_precision",
+                       f"needs bf16 arithmetic, not --mixed_precision {precision.mixed_precision}", "add --mixed_precision bf16")
+    elif config.weights_dtype == "bf16" and precision.mixed_precision != "bf16":
+        yield conflict(config, "weights_dtype mixed_precision", "bf16 weights need bf16 arithmetic", "add --mixed_precision bf16")
+    if precision.full_bf16 and precision.weights_dtype == "fp32":
+        yield conflict(config, "weights_dtype full_bf16", "fp32 contradicts --full_bf16", "leave one of the two out")
+
+
+def _length(config: Config) -> Iterator[Problem]:
+    warmup, steps = config.optimizer.lr_warmup_steps, config.training.max_train_steps
+    if config.optimizer.lr_scheduler == "constant" and warmup:
+        yield conflict(config, "lr_warmup_steps lr_scheduler", "the constant schedule has no warm-up",
+                       "use --lr_scheduler constant_with_warmup")
+    elif config.training.max_train_epochs is None and warmup >= steps:
+        yield conflict(config, "lr_warmup_steps max_train_steps", f"warm-up of {warmup} steps fills the whole run of {steps}",
+                       f"give fewer than {steps}, or a share such as 5%")
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
+    seen: set[str] = set()
+    for text in config.optimizer.optimizer_args:
+        name, equals, value = text.partition("=")
+        if not (name.strip().isidentifier() and equals and value.strip()):
+            yield conflict(config, "optimizer_args", f"{text!r} is not name=value", "write for instance weight_decay=0.01")
+        elif name.strip() in seen:
+            yield conflict(config, "optimizer_args", f"{name.strip()} stands twice", "keep one of them")
+        seen.add(name.strip())
+
+
+# Setting -> (what makes it count, in words for the remedy). Without that a changed value would silently do nothing.
+_OBJECTIVE_NEEDS: dict[str, tuple[Callable, str]] = {
+    "discrete_flow_shift": (lambda flow: flow.timestep_sampling in ("shift", "sigma"), "--timestep_sampling shift"),
+    "sigmoid_scale": (lambda flow: flow.timestep_sampling in ("sigmoid", "shift", "flux_shift"), "--timestep_sampling shift"),
+    "logit_mean": (lambda flow: (flow.timestep_sampling, flow.weighting_scheme) == ("sigma", "logit_normal"),
+                   "--timestep_sampling sigma --weighting_scheme logit_normal"),
+    "logit_std": (lambda flow: (flow.timestep_sampling, flow.weighting_scheme) == ("sigma", "logit_normal"),
+                  "--timestep_sampling sigma --weighting_scheme logit_normal"),
+    "mode_scale": (lambda flow: (flow.timestep_sampling, flow.weighting_scheme) == ("sigma", "mode"),
+                   "--timestep_sampling sigma --weighting_scheme mode"),
+}
+_DENSITIES, _WEIGHTS = ("logit_normal", "mode"), ("sigma_sqrt", "cosmap")
+
+
+def _objective(config: Config) -> Iterator[Problem]:
+    flow, changed = config.objective, config.changed()
+    if not hasattr(flow, "timestep_sampling"):
+        return
+    low, high = flow.min_timestep or 0, 1000 if flow.max_timestep is None else flow.max_timestep
+    if low >= high:
+        yield conflict(config, "min_timestep max_timestep", f"{low} leaves nothing below max_timestep {high}",
+                       "give a smaller min_timestep or a larger max_timestep")
+    for name, (counts, needs) in _OBJECTIVE_NEEDS.items():
+        if name in changed and not counts(flow):
+            yield conflict(config, f"{name} timestep_sampling weighting_scheme",
+                           f"{show(getattr(flow, name))} would have no effect with --timestep_sampling {flow.timestep_sampling} "
+                           f"and --weighting_scheme {flow.weighting_scheme}", f"leave it out, or use {needs}")
+    scheme = flow.weighting_scheme
+    if scheme in _DENSITIES and flow.timestep_sampling != "sigma":
+        yield conflict(config, "weighting_scheme timestep_sampling",
+                       f"{scheme} is a density of levels and has no effect with --timestep_sampling {flow.timestep_sampling}",
+                       "use --timestep_sampling sigma, or --weighting_scheme none")
+    if scheme in _WEIGHTS and flow.model_prediction_type != "sigma_scaled":
+        yield conflict(config, "weighting_scheme model_prediction_type",
+                       f"{scheme} is a weight of the loss and has no effect with --model_prediction_type "
+                       f"{flow.model_prediction_type}", "use --model_prediction_type sigma_scaled, or --weighting_scheme none")
+
+
+def _buckets(config: Config) -> Iterator[Problem]:
+    low, high = config.dataset.min_bucket_reso, config.dataset.max_bucket_reso
+    if low is not None and high is not None and low > high:
+        yield conflict(config, "min_bucket_reso max_bucket_reso", f"{low} is larger than max_bucket_reso {high}",
+                       f"give at most {high}, or a larger max_bucket_reso")
+
+
+def _caching(config: Config) -> Iterator[Problem]:
+    caching = config.caching
+    on_disk = caching.cache_latents_to_disk or caching.cache_text_encoder_outputs_to_disk
+    if caching.cache_dir is not None and not on_disk:
+        yield conflict(config, "cache_dir cache_latents_to_disk cache_text_encoder_outputs_to_disk", "nothing is cached on disk",
+                       "add --cache_latents_to_disk or --cache_text_encoder_outputs_to_disk, or leave it out")
+
+
+def _saving(config: Config) -> Iterator[Problem]:
+    saving = config.saving
+    if saving.save_model_as == "ckpt":
+        yield conflict(config, "save_model_as", "ckpt files can run code when they are opened and are not written",
+                       "use --save_model_as safetensors")
+    elif saving.save_model_as != "safetensors":
+        yield conflict(config, "save_model_as", f"not built yet: {saving.save_model_as}",
+                       "use --save_model_as safetensors; diffusers reads it with from_single_file")
+    for keep, every in (("save_last_n_steps", "save_every_n_steps"), ("save_last_n_epochs", "save_every_n_epochs")):
+        saves = getattr(saving, every) or (every == "save_every_n_epochs" and saving.save_n_epoch_ratio)
+        if getattr(saving, keep) and not saves:
+            yield conflict(config, f"{keep} {every} save_n_epoch_ratio", f"there is nothing to keep without --{every}",
+                           f"add --{every} N")
+    if saving.save_n_epoch_ratio and saving.save_every_n_epochs:
+        yield conflict(config, "save_n_epoch_ratio save_every_n_epochs", "contradicts --save_every_n_epochs",
+                       "leave one of the two out")
+
+
+def _sampling(config: Config) -> Iterator[Problem]:
+    if config.sampling.scheduled and config.sampling.sample_prompts is None:
+        schedule = next(name for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
+                        if getattr(config.sampling, name))
+        yield conflict(config, f"{schedule} sample_prompts", "there is nothing to draw", "add --sample_prompts FILE")
+
+
+def _logging(config: Config) -> Iterator[Problem]:
+    logging = config.logging
+    if "tensorboard" in logging.trackers and logging.logging_dir is None:
+        yield conflict(config, "log_with logging_dir", "TensorBoard needs a folder to write to", "add --logging_dir DIR")
+    if "wandb" in logging.trackers and importlib.util.find_spec("wandb") is None:
+        yield conflict(config, "log_with", "the package wandb is not installed",
+                       "run `pip install wandb`, or use --log_with tensorboard")
+    for name in ("wandb_run_name", "wandb_api_key"):
+        if getattr(logging, name) and "wandb" not in logging.trackers:
+            yield conflict(config, f"{name} log_with", "would have no effect without wandb",
+                           "add --log_with wandb, or leave it out")
+
+
+def remarks(config: Config) -> tuple[str, ...]:
+    """What is allowed but might surprise: sentences for the log."""
+    found = []
+    if config.training.max_train_epochs and "max_train_steps" in config.changed():
+        found.append(f"{config.place('max_train_epochs')} {config.training.max_train_epochs} overrules max_train_steps")
+    if config.sampling.sample_prompts is not None and not config.sampling.scheduled:
+        found.append(f"{config.place('sample_prompts')} has no effect: none of --sample_every_n_steps, --sample_every_n_epochs "
+                     "and --sample_at_first is given")
+    if config.origins.get("wandb_api_key") == "command line":
+        found.append("--wandb_api_key can be read by other users of this machine; set WANDB_API_KEY instead")
+    return tuple(found)

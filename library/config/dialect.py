@@ -1,0 +1,167 @@
+"""Flags of the dialect that are no settings here: what each one did, and what to do instead.
+
+Three answers are possible. ``INERT``: accepted and named once in the log, because nothing would change (it is always so
+here, or the dialect's own script ignores it too). ``LATER``: refused, because it would change the training and is not
+built yet. ``ELSEWHERE``: refused, because another script's flag says that another script was meant. An architecture adds
+its own records (``dialect`` on its options class); a record is passed over where a script has a setting of that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+INERT, LATER, ELSEWHERE = "inert", "later", "elsewhere"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One flag. ``takes``: ``switch``, ``value`` or ``list``. ``neutral``: values that ask for nothing and pass in silence."""
+
+    name: str
+    status: str
+    reason: str
+    takes: str = "switch"
+    remedy: str = ""
+    neutral: tuple[Any, ...] = ()
+
+    def is_neutral(self, value: Any) -> bool:
+        """Whether ``value`` (text, or a TOML value; True for a bare switch) asks for nothing."""
+        if value is False or value == "" or value == []:
+            return True
+        if isinstance(value, bool):
+            return False
+        if isinstance(value, str) and self.takes == "switch" and value.lower() in ("true", "false"):
+            return value.lower() == "false"
+        return any(value == known or _number(value) == known for known in self.neutral)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def records(status: str, names: str, reason: str, remedy: str = "", neutral: tuple[Any, ...] = ()) -> Iterator[Record]:
+    """Records that share a reason. In ``names`` a trailing ``=`` marks a flag with a value, ``*`` one with several."""
+    for word in names.split():
+        takes = {"=": "value", "*": "list"}.get(word[-1], "switch")
+        yield Record(word.rstrip("=*"), status, reason, takes, remedy, neutral)
+
+
+def _inert() -> Iterator[Record]:
+    yield from records(INERT, "mem_eff_attn xformers sdpa diffusers_xformers",
+                       "attention always runs through torch's scaled_dot_product_attention, which has these kernels")
+    yield from records(INERT, "mem_eff_save", "files are always written tensor by tensor")
+    yield from records(INERT, "use_safetensors", "files are always written as safetensors")
+    yield from records(INERT, "disable_mmap_load_safetensors", "no memory map outlives the reading of a file")
+    yield from records(INERT, "lowram highvram", "weights and caches are streamed, so there is no copy to place or to keep")
+    yield from records(INERT, "skip_cache_check skip_latents_validity_check",
+                       "cache entries are found by content, so there is no separate check to skip")
+    yield from records(INERT, "cache_info", "captions and picture sizes are read afresh, so that edits are seen")
+    yield from records(INERT, "ddp_timeout= ddp_gradient_as_bucket_view ddp_static_graph",
+                       "the process group is set up by the program itself")
+    yield from records(INERT, "dynamo_backend=", "only read with --torch_compile", neutral=("no", "inductor"))
+    yield from records(INERT, "keep_tokens= caption_separator= token_warmup_min=",
+                       "only read when captions are shuffled or shortened", neutral=(0, 1, ","))
+    yield from records(INERT, "lr_decay_steps= lr_scheduler_num_cycles= lr_scheduler_power= lr_scheduler_timescale= "
+                       "lr_scheduler_min_lr_ratio=", "no schedule that is built reads it", neutral=(0, 1))
+    yield from records(INERT, "huber_schedule= huber_c= huber_scale=", "only read with a huber loss",
+                       neutral=("snr", "constant", "exponential", 0.1, 1))
+    yield from records(INERT, "noise_offset= noise_offset_random_strength adaptive_noise_scale= multires_noise_iterations= "
+                       "multires_noise_discount= zero_terminal_snr min_snr_gamma= scale_v_pred_loss_like_noise_pred "
+                       "v_pred_like_loss= debiased_estimation_loss v2 v_parameterization",
+                       "belongs to noise prediction; a rectified flow has no such term", neutral=(0, 0.3))
+    yield from records(INERT, "clip_skip=", "text encoders are read at the layers that the model was trained with",
+                       neutral=(0, 1))
+    yield from records(INERT, "weighted_captions", "captions are read as plain text, brackets and numbers included")
+    yield from records(INERT, "sample_sampler=", "previews follow the model's own flow by Euler steps")
+    yield from records(INERT, "metadata_preprocessor= metadata_is_negative_embedding=",
+                       "describes an adapter or an embedding, not a checkpoint")
+
+
+def _later_memory_and_training() -> Iterator[Record]:
+    memory = ("leave it out; meanwhile --gradient_checkpointing, --cache_latents, --cache_text_encoder_outputs and "
+              "--optimizer_type AdamW8bit or Adafactor save memory")
+    yield from records(LATER, "blocks_to_swap=", "not built yet: keeping blocks in CPU memory", memory, (0,))
+    yield from records(LATER, "blockwise_fused_optimizers fused_backward_pass",
+                       "not built yet: stepping inside the backward pass", memory)
+    yield from records(LATER, "fused_optimizer_groups=", "not built yet: stepping inside the backward pass", memory, (0,))
+    yield from records(LATER, "cpu_offload_checkpointing", "not built yet: keeping activations in CPU memory",
+                       "use --gradient_checkpointing alone")
+    yield from records(LATER, "full_fp16", "weights kept in fp16 lose most updates and overflow", "use --full_bf16")
+    yield from records(LATER, "torch_compile", "not built yet: compiling the model",
+                       "leave it out: it would change the speed only")
+    yield from records(LATER, "deepspeed zero_stage= offload_optimizer_device= offload_optimizer_nvme_path= "
+                       "offload_param_device= offload_param_nvme_path= zero3_init_flag zero3_save_16bit_model "
+                       "fp16_master_weights_and_gradients",
+                       "not built yet: DeepSpeed", "leave it out: several GPUs train together under plain accelerate launch")
+    yield from records(LATER, "lr_scheduler_type= lr_scheduler_args*", "not built yet: schedules by class name",
+                       "use --lr_scheduler constant, constant_with_warmup, cosine or linear")
+    yield from records(LATER, "use_8bit_adam", "an old name", "write --optimizer_type AdamW8bit")
+    yield from records(LATER, "use_lion_optimizer", "not built yet: Lion", "use --optimizer_type AdamW, AdamW8bit or Adafactor")
+    yield from records(LATER, "loss_type=", "not built yet: losses other than l2", "leave it out, or write l2", ("l2",))
+    yield from records(LATER, "ip_noise_gamma=", "not built yet: input perturbation", "leave it out", (0,))
+    yield from records(LATER, "ip_noise_gamma_random_strength", "not built yet: input perturbation", "leave it out")
+    yield from records(LATER, "resume= save_state save_state_on_train_end save_last_n_epochs_state= save_last_n_steps_state=",
+                       "not built yet: saving and resuming the state of a run",
+                       "leave it out; --save_every_n_steps keeps checkpoints, and a new run can start from one of them", (0,))
+    yield from records(LATER, "huggingface_repo_id= huggingface_repo_type= huggingface_path_in_repo= huggingface_token= "
+                       "huggingface_repo_visibility= save_state_to_huggingface resume_from_huggingface async_upload",
+                       "not built yet: uploading to the hub", "leave it out and run `hf upload` after the training")
+
+
+def _later_data() -> Iterator[Record]:
+    yield from records(LATER, "train_data_dir= reg_data_dir=", "not built yet: folders named by repeats and class",
+                       "list the folders in the file of --dataset_config, with num_repeats and class_tokens")
+    yield from records(LATER, "in_json=", "not built yet: captions in one metadata file",
+                       "put each caption into a .txt file beside its picture and list the folders in --dataset_config")
+    yield from records(LATER, "dataset_class=", "not built yet: datasets by class name",
+                       "describe the data with --dataset_config")
+    yield from records(LATER, "debug_dataset", "not built yet: showing the batches", "leave it out")
+    yield from records(LATER, "conditioning_data_dir= masked_loss alpha_mask", "not built yet: masks",
+                       "leave it out: whole pictures are trained")
+    yield from records(LATER, "shuffle_caption enable_wildcard caption_prefix= caption_suffix= keep_tokens_separator= "
+                       "secondary_separator=", "not built yet: rewriting captions while training",
+                       "leave it out and write the captions as they are to be read")
+    yield from records(LATER, "caption_dropout_rate= caption_dropout_every_n_epochs= caption_tag_dropout_rate= "
+                       "token_warmup_step=", "not built yet: dropping captions or parts of them", "leave it out", (0,))
+    yield from records(LATER, "color_aug flip_aug random_crop face_crop_aug_range=", "not built yet: augmentation",
+                       "leave it out, or add changed copies of the pictures to the folder")
+    yield from records(LATER, "resize_interpolation=", "not built yet: a choice of resampling",
+                       "leave it out: pictures are shrunk by area and enlarged by Lanczos")
+    yield from records(LATER, "caption_extention=", "an old misspelling", "write --caption_extension")
+
+
+def _elsewhere() -> Iterator[Record]:
+    lora = "a flag of LoRA training", "run the *_train_network.py script of this model, or leave it out"
+    yield from records(ELSEWHERE, "network_module= network_dim= network_alpha= network_dropout= network_args* network_weights= "
+                       "dim_from_weights network_train_unet_only network_train_text_encoder_only scale_weight_norms= "
+                       "base_weights* base_weights_multiplier* training_comment= unet_lr= text_encoder_lr* fp8_base "
+                       "fp8_base_unet split_mode validation_seed= validate_every_n_steps= validate_every_n_epochs= "
+                       "max_validation_steps= initial_epoch= initial_step= skip_until_initial_step", *lora)
+    yield from records(ELSEWHERE, "prior_loss_weight=", *lora, neutral=(1,))
+    yield from records(ELSEWHERE, "validation_split=", *lora, neutral=(0,))
+    other = "a flag for another kind of model", "leave it out, or run that model's script"
+    yield from records(ELSEWHERE, "clip_g= gemma2= gemma2_max_token_length= system_prompt= apply_lg_attn_mask "
+                       "clip_l_dropout_rate= clip_g_dropout_rate= t5_dropout_rate= pos_emb_random_crop_rate= "
+                       "enable_scaled_pos_embed save_clip save_t5xxl t5xxl_device= t5xxl_dtype= use_t5xxl_cache_only "
+                       "use_flash_attn use_sage_attn no_half_vae sample_batch_size= controlnet_model_name_or_path=", *other,
+                       neutral=(0,))
+    yield from records(ELSEWHERE, "train_text_encoder train_t5xxl learning_rate_te1= learning_rate_te2= learning_rate_te3= "
+                       "block_lr= num_last_block_to_freeze=", *other, neutral=(0,))
+    yield from records(ELSEWHERE, "training_shift=", other[0], "write --discrete_flow_shift", (1,))
+
+
+DIALECT: dict[str, Record] = {record.name: record for make in (_inert, _later_memory_and_training, _later_data, _elsewhere)
+                              for record in make()}
+
+# Switches of the launcher that would change the run behind our back: environment variable -> (harmless values, what it is)
+LAUNCHER: dict[str, tuple[tuple[str, ...], str]] = {
+    "ACCELERATE_USE_DEEPSPEED": (("false", "0", ""), "DeepSpeed"),
+    "ACCELERATE_USE_FSDP": (("false", "0", ""), "FSDP"),
+    "ACCELERATE_USE_MEGATRON_LM": (("false", "0", ""), "Megatron-LM"),
+    "ACCELERATE_DYNAMO_BACKEND": (("no", ""), "torch.compile"),
+}

@@ -1,0 +1,260 @@
+"""Every setting of a run: one frozen dataclass per concern, where each field IS a flag (and a key of ``--config_file``).
+
+A field made with ``flag()`` carries its help, limits and off value; its annotation is its type. ``parse.py`` fills these
+classes, ``help.py`` and ``tools/options_page.py`` print them. Values that follow from others are properties: fields are
+what the user said, and never change. No heavy imports here: ``--help`` has to answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from library.config.values import read_size, read_warmup
+
+
+def flag(default: Any, help: str, *, choices: tuple | None = None, off: str = "", nargs: str | None = None,
+         minimum: float | None = None, maximum: float | None = None, above: float | None = None, metavar: str | None = None,
+         since: str = "0.1", read: Callable[[Any], Any] | None = None, required: bool = False, exists: bool = False,
+         saved: bool = True, secret: bool = False, default_text: str = "") -> Any:
+    """A dataclass field that is a command-line flag.
+
+    ``off`` is how to switch it off (``"0"`` on an optional number makes 0 the same as not given). Limits: ``minimum`` and
+    ``maximum`` are allowed values, ``above`` is not. ``read`` turns text or a TOML value into the field's value, or raises
+    ValueError("is not ..."). ``exists``: the path must be there before anything starts. ``saved=False`` keeps it out of
+    the saved configuration; ``secret`` also out of every repr. ``default_text`` says in words what None stands for.
+    """
+    metadata = dict(help=help, choices=choices, off=off, nargs=nargs, minimum=minimum, maximum=maximum, above=above,
+                    metavar=metavar, since=since, read=read, required=required, exists=exists, secret=secret,
+                    saved=saved and not secret, default_text=default_text)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
+
+
+@dataclass(frozen=True)
+class GeneralOptions:
+    title: ClassVar[str] = "Configuration file, console, seed"
+
+    config_file: Path | None = flag(None, "TOML file with these same settings; the command line wins over it",
+                                    metavar="FILE", saved=False)
+    output_config: bool = flag(False, "write the resulting configuration to --config_file and exit", saved=False)
+    seed: int = flag(42, "start of all randomness; the same seed repeats a run", minimum=0, maximum=2**32 - 1)
+    console_log_level: str = flag("INFO", "least important message to show",
+                                  choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
+    console_log_file: Path | None = flag(None, "write messages to this file instead of the terminal", metavar="FILE")
+    console_log_simple: bool = flag(False, "messages without time and level")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    title: ClassVar[str] = "Model"
+
+    pretrained_model_name_or_path: str | None = flag(
+        None, "model to start from: .safetensors file, sharded index, or diffusers folder", metavar="PATH", required=True)
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """Values that the dataset file may leave out are taken from here (subset, dataset, [general], then these)."""
+
+    title: ClassVar[str] = "Dataset"
+
+    dataset_config: Path | None = flag(None, "TOML file that lists the picture folders", metavar="FILE",
+                                       required=True, exists=True)
+    resolution: str | None = flag(None, "training size in pixels, N or W,H; buckets keep its area", metavar="N|W,H",
+                                  read=read_size, default_text="the dataset file's")
+    train_batch_size: int = flag(1, "pictures per device and micro-batch", minimum=1)
+    enable_bucket: bool = flag(False, "group pictures by aspect ratio instead of cropping all to one shape")
+    min_bucket_reso: int | None = flag(None, "shortest side of a bucket in pixels", minimum=1,
+                                       default_text="256, or half the shorter side where that is less")
+    max_bucket_reso: int | None = flag(None, "longest side of a bucket in pixels", minimum=1,
+                                       default_text="no limit, so that every bucket has the full area")
+    bucket_reso_steps: int | None = flag(None, "bucket sides are multiples of this many pixels", minimum=1, default_text="64")
+    bucket_no_upscale: bool = flag(False, "never enlarge a picture: small ones get buckets of their own size")
+    caption_extension: str | None = flag(None, "suffix of caption files", metavar="SUFFIX", default_text=".txt, else .caption")
+    dataset_repeats: int = flag(1, "times each picture is shown per epoch", minimum=1)
+    max_data_loader_n_workers: int = flag(
+        8, "processes that read pictures (never more than CPUs; none when everything is cached)", minimum=0, off="0")
+    persistent_data_loader_workers: bool = flag(False, "keep those processes between epochs")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """``resolution`` as (width, height) in pixels."""
+        if self.resolution is None:
+            return None
+        sides = [int(side) for side in self.resolution.split(",")]
+        return sides[0], sides[-1]
+
+    def workers(self, everything_cached: bool) -> int:
+        """Processes to start: cached tensors need none."""
+        return 0 if everything_cached else min(self.max_data_loader_n_workers, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class CachingOptions:
+    title: ClassVar[str] = "Caching"
+
+    cache_latents: bool = flag(False, "encode every picture once and keep the result in memory")
+    cache_latents_to_disk: bool = flag(False, "the same, kept on disk for later runs (implies --cache_latents)")
+    cache_text_encoder_outputs: bool = flag(False, "encode every caption once, then free the text encoders")
+    cache_text_encoder_outputs_to_disk: bool = flag(
+        False, "the same, kept on disk for later runs (implies --cache_text_encoder_outputs)")
+    vae_batch_size: int = flag(1, "pictures encoded together", minimum=1)
+    text_encoder_batch_size: int | None = flag(None, "captions encoded together", minimum=1, default_text="--train_batch_size")
+    cache_dir: Path | None = flag(None, "folder of the disk caches", metavar="DIR",
+                                  default_text=".kiln_cache in each picture folder")
+
+    @property
+    def latents_cached(self) -> bool:
+        return self.cache_latents or self.cache_latents_to_disk
+
+    @property
+    def text_cached(self) -> bool:
+        return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
+
+
+@dataclass(frozen=True)
+class PrecisionOptions:
+    title: ClassVar[str] = "Precision"
+
+    mixed_precision: str = flag("no", "dtype of matrix products", choices=("no", "fp16", "bf16"), off="no",
+                                default_text="what accelerate launch says, else no")
+    full_bf16: bool = flag(False, "keep weights and gradients in bf16 (stochastic rounding keeps small updates)")
+    weights_dtype: str = flag("auto", "dtype in which trained weights are kept", choices=("auto", "fp32", "bf16"), off="fp32")
+
+    def kept_weights(self, follow_mixed_precision: bool) -> str:
+        """``fp32`` or ``bf16``; ``follow_mixed_precision``: bf16 training alone makes this architecture's weights bf16."""
+        if self.weights_dtype != "auto":
+            return self.weights_dtype
+        return "bf16" if self.full_bf16 or (follow_mixed_precision and self.mixed_precision == "bf16") else "fp32"
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    title: ClassVar[str] = "Optimizer"
+
+    optimizer_type: str = flag("AdamW", "AdamW, AdamW8bit or Adafactor (upper or lower case)", metavar="NAME")
+    optimizer_args: tuple[str, ...] = flag((), 'its own arguments, for instance weight_decay=0.01 "betas=0.9,0.99"',
+                                           nargs="+", metavar="K=V")
+    learning_rate: float = flag(2e-6, "learning rate after warm-up", minimum=0)
+    max_grad_norm: float = flag(1.0, "scale gradients down to this global norm", minimum=0, off="0")
+    lr_scheduler: str = flag("constant", "course of the learning rate",
+                             choices=("constant", "constant_with_warmup", "cosine", "linear"))
+    lr_warmup_steps: int | float = flag(0, "rise from 0 over N steps, or over a share of the run (0.1 or 10%)",
+                                        metavar="N|0.x|N%", off="0", read=read_warmup)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    title: ClassVar[str] = "Length of training"
+
+    max_train_steps: int = flag(1600, "optimizer steps", minimum=1)
+    max_train_epochs: int | None = flag(None, "passes over the dataset (overrides --max_train_steps)", minimum=0, off="0")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", minimum=1, off="1")
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    title: ClassVar[str] = "Memory"
+
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: much less memory, "
+                                        "about a third slower")
+
+
+@dataclass(frozen=True)
+class FlowOptions:
+    """The rectified-flow objective: how noise levels are drawn and what the model is asked for."""
+
+    title: ClassVar[str] = "Objective"
+
+    timestep_sampling: str = flag("shift", "how noise levels are drawn",
+                                  choices=("sigma", "uniform", "sigmoid", "shift", "flux_shift"))
+    weighting_scheme: str = flag(
+        "uniform", "with sigma sampling: density of levels; with sigma_scaled prediction: weight of the loss",
+        choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"), off="none")
+    discrete_flow_shift: float = flag(3.0, "with shift and sigma sampling: above 1 trains noisier levels more", above=0, off="1")
+    sigmoid_scale: float = flag(1.0, "with sigmoid, shift and flux_shift sampling: spread of the normal draw", above=0)
+    logit_mean: float = flag(0.0, "with sigma sampling and logit_normal weighting: mean of the normal draw")
+    logit_std: float = flag(1.0, "with sigma sampling and logit_normal weighting: its standard deviation", above=0)
+    mode_scale: float = flag(1.29, "with sigma sampling and mode weighting: strength of the mode")
+    model_prediction_type: str = flag("raw", "what is compared with the target: the output as it is, with the input added, "
+                                      "or as an estimate of the picture", choices=("raw", "additive", "sigma_scaled"))
+    min_timestep: int | None = flag(None, "least noisy level that is trained, of 1000", minimum=0, maximum=999, default_text="0")
+    max_timestep: int | None = flag(None, "noisiest level that is trained, of 1000", minimum=1, maximum=1000, default_text="1000")
+
+
+@dataclass(frozen=True)
+class SavingOptions:
+    title: ClassVar[str] = "Saving"
+
+    output_dir: Path | None = flag(None, "folder for everything this run writes", metavar="DIR", required=True)
+    output_name: str = flag("last", "file name of the result, without suffix", metavar="NAME")
+    save_precision: str | None = flag(None, "dtype in the saved file (float is float32)", choices=("float", "fp16", "bf16"),
+                                      default_text="as trained")
+    save_model_as: str = flag("safetensors", "file format", choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"))
+    save_every_n_steps: int | None = flag(None, "also save after every N steps", minimum=0, off="0")
+    save_every_n_epochs: int | None = flag(None, "also save after every N epochs", minimum=0, off="0")
+    save_n_epoch_ratio: int | None = flag(None, "also save about N times over all epochs", minimum=0, off="0")
+    save_last_n_epochs: int | None = flag(None, "of the epoch saves keep those of the last N epochs", minimum=0, off="0")
+    save_last_n_steps: int | None = flag(None, "of the step saves keep those of the last N steps", minimum=0, off="0")
+
+    def stored_dtype(self, weights_dtype: str) -> str:
+        """``fp32``, ``fp16`` or ``bf16`` in the file, for weights trained in ``weights_dtype``."""
+        return {None: weights_dtype, "float": "fp32"}.get(self.save_precision, self.save_precision)
+
+
+@dataclass(frozen=True)
+class MetadataOptions:
+    title: ClassVar[str] = "Metadata of the saved file"
+
+    metadata_title: str | None = flag(None, "title", metavar="TEXT", default_text="--output_name")
+    metadata_author: str | None = flag(None, "author", metavar="TEXT")
+    metadata_description: str | None = flag(None, "description", metavar="TEXT")
+    metadata_license: str | None = flag(None, "license", metavar="TEXT")
+    metadata_tags: str | None = flag(None, "tags, separated by commas", metavar="TEXT")
+    metadata_usage_hint: str | None = flag(None, "advice for use", metavar="TEXT")
+    metadata_thumbnail: Path | None = flag(None, "small picture to embed", metavar="FILE", exists=True)
+    metadata_merged_from: str | None = flag(None, "models it was merged from", metavar="TEXT")
+    metadata_trigger_phrase: str | None = flag(None, "words that call up what was trained", metavar="TEXT")
+    no_metadata: bool = flag(False, "write no modelspec.* fields")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    title: ClassVar[str] = "Preview pictures"
+
+    sample_prompts: Path | None = flag(None, "prompts to draw during training (.txt, .toml or .json)",
+                                       metavar="FILE", exists=True)
+    sample_every_n_steps: int | None = flag(None, "draw them after every N steps", minimum=0, off="0")
+    sample_every_n_epochs: int | None = flag(None, "draw them after every N epochs", minimum=0, off="0")
+    sample_at_first: bool = flag(False, "draw them before training as well")
+
+    @property
+    def scheduled(self) -> bool:
+        return bool(self.sample_every_n_steps or self.sample_every_n_epochs or self.sample_at_first)
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    title: ClassVar[str] = "Trackers"
+
+    logging_dir: Path | None = flag(None, "folder for TensorBoard; each run gets a folder of its own in it", metavar="DIR")
+    log_prefix: str = flag("", "beginning of that folder's name", metavar="TEXT")
+    log_with: str | None = flag(None, "where curves go", choices=("tensorboard", "wandb", "all"),
+                                default_text="tensorboard with --logging_dir, else nowhere")
+    log_tracker_name: str = flag("finetuning", "project name in the tracker", metavar="NAME")
+    log_tracker_config: Path | None = flag(None, "TOML file with arguments for the tracker", metavar="FILE", exists=True)
+    wandb_run_name: str | None = flag(None, "name of the run on wandb", metavar="NAME")
+    wandb_api_key: str | None = flag(None, "key for wandb; better set WANDB_API_KEY or run `wandb login`",
+                                     metavar="KEY", secret=True)
+    log_config: bool = flag(False, "send these settings to the tracker, without keys and paths")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers in use: none, ``tensorboard``, ``wandb`` or both."""
+        if self.log_with == "all":
+            return ("tensorboard", "wandb")
+        return (self.log_with,) if self.log_with else ("tensorboard",) if self.logging_dir else ()

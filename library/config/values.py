@@ -1,0 +1,205 @@
+"""What one setting accepts: the record behind a field of ``schema.py``, and the way from text or TOML to its value."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of one section. ``kind`` is its plain type; ``optional`` fields may be None."""
+
+    name: str
+    section: str  # attribute of Config
+    title: str  # heading in --help
+    kind: type  # str, int, float, bool, Path or tuple
+    optional: bool
+    default: Any
+    meta: Mapping[str, Any]
+
+    @property
+    def zero_is_off(self) -> bool:
+        return self.optional and self.meta["off"] == "0"
+
+    def shown(self, value: Any) -> str:
+        """For messages: never a secret."""
+        return "this value" if self.meta["secret"] else repr(value) if isinstance(value, str) else show(value)
+
+
+def settings_of(section: str, cls: type, defaults: Mapping[str, Any] | None = None) -> list[Setting]:
+    """The settings of a dataclass made with ``schema.flag``; ``defaults`` overrides some of its own."""
+    hints, found = typing.get_type_hints(cls), []
+    for field in dataclasses.fields(cls):
+        kinds = [hints[field.name]]
+        if typing.get_origin(kinds[0]) in (types.UnionType, typing.Union):
+            kinds = list(typing.get_args(kinds[0]))
+        plain = [typing.get_origin(kind) or kind for kind in kinds if kind is not type(None)]
+        default = (defaults or {}).get(field.name, field.default)
+        found.append(Setting(field.name, section, cls.title, plain[-1], len(plain) < len(kinds), default, field.metadata))
+    return found
+
+
+def from_text(setting: Setting, text: str | list[str], place: str) -> Any:
+    """The value of a command-line argument (a list of them where the setting takes several). Raises UserError."""
+    if setting.kind is tuple:
+        value: Any = tuple(text)
+    elif setting.meta["read"]:
+        value = _read(setting, text, place)
+    elif setting.kind is bool:
+        value = {"true": True, "false": False}.get(text.lower())
+        if value is None:
+            raise _wrong(setting, text, "true or false", place, f"write --{setting.name} alone, or --{setting.name}=false")
+    elif setting.kind in (int, float):
+        value = _number(setting, text, place)
+    else:
+        value = text
+    return _finish(setting, value, place)
+
+
+def from_toml(setting: Setting, value: Any, place: str) -> Any:
+    """The value of a key of ``--config_file``: types are held to strictly, a whole number also passes for a fraction."""
+    kind = setting.kind
+    if setting.meta["read"]:
+        value = _read(setting, value, place)
+    elif kind is bool and not isinstance(value, bool):
+        plain = str(value).lower() in ("true", "false")
+        raise _wrong(setting, value, "true or false", place, f"write {str(value).lower()} without quotes" if plain else "")
+    elif kind in (int, float):
+        fits = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+        if not fits:
+            raise _wrong(setting, value, _NUMBER[kind], place, _number_remedy(kind, value))
+        value = kind(value) if abs(value) < 2**63 else math.inf
+    elif kind is tuple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise _wrong(setting, value, "a list of texts", place, f'write {setting.name} = ["...", "..."]')
+        value = tuple(value)
+    elif kind in (str, Path) and not isinstance(value, str):
+        scalar = isinstance(value, (int, float)) and not isinstance(value, bool)
+        raise _wrong(setting, value, "text", place, f'write "{value}" in quotes' if scalar else "put it in quotes")
+    return _finish(setting, value, place)
+
+
+def read_size(value: Any) -> str:
+    """``resolution`` from ``N``, ``"W,H"`` or ``[W, H]``, in the canonical form ``"N"`` or ``"W,H"``."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    sides = [int(part) if isinstance(part, str) and part.strip().isdecimal() else part for part in parts]
+    if len(sides) not in (1, 2) or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError("a size in pixels such as 1024 or 1024,768")
+    return ",".join(str(side) for side in sides)
+
+
+def read_warmup(value: Any) -> int | float:
+    """Steps (int), or a share of the run (float below 1) from ``0.1`` or ``"10%"``."""
+    amount: Any = value
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            amount = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            amount = None
+        if amount is not None and text.endswith("%") and amount >= 1:
+            amount = None  # 100 % and more would otherwise read as a number of steps
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not math.isfinite(amount) or amount < 0 \
+            or (amount >= 1 and amount != int(amount)):
+        raise ValueError("a number of steps, a share below 1, or a percentage below 100%")
+    return int(amount) if amount == int(amount) else float(amount)
+
+
+def show(value: Any) -> str:
+    """A value in words, for help, pages and messages."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:.12g}".replace("e-0", "e-").replace("e+0", "e")
+    if isinstance(value, (tuple, list)):
+        return " ".join(str(item) for item in value) or "none"
+    return str(value) if value != "" else "empty"
+
+
+def toml_text(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(toml_text(item) for item in value)}]"
+    # JSON's escapes are TOML's, except for the one character that JSON leaves alone and TOML forbids
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+_NUMBER = {int: "a whole number", float: "a number"}
+
+
+def _number(setting: Setting, text: str, place: str) -> int | float:
+    try:
+        return setting.kind(text)
+    except ValueError:
+        raise _wrong(setting, text, _NUMBER[setting.kind], place, _number_remedy(setting.kind, text)) from None
+
+
+def _number_remedy(kind: type, value: Any) -> str:
+    """How to write what was probably meant."""
+    try:
+        number = float(str(value).replace(",", "."))
+    except ValueError:
+        return ""
+    if isinstance(value, bool) or not math.isfinite(number):
+        return ""
+    if kind is float or number != int(number):
+        return f"write {show(number)}" if kind is float else "leave out the fraction"
+    return f"write {int(number)}"
+
+
+def _read(setting: Setting, value: Any, place: str) -> Any:
+    try:
+        return setting.meta["read"](value)
+    except ValueError as error:
+        raise _wrong(setting, value, str(error), place) from None
+
+
+def _wrong(setting: Setting, value: Any, expected: str, place: str, remedy: str = "") -> UserError:
+    return UserError(f"{setting.shown(value)} is not {expected}", place=place, remedy=remedy or f"give {expected}")
+
+
+def _finish(setting: Setting, value: Any, place: str) -> Any:
+    """Limits, choices and things that no file system or saved configuration could hold."""
+    meta, kind = setting.meta, setting.kind
+    if kind in (int, float):
+        value = _within_limits(setting, value, place)
+    if meta["choices"] and value not in meta["choices"]:
+        remedy = nearest(value, meta["choices"]) or "choose one of those"
+        raise _wrong(setting, value, f"one of {', '.join(meta['choices'])}", place, remedy)
+    for text in (value if isinstance(value, tuple) else (value,)):
+        if isinstance(text, str) and ("\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text)):
+            raise UserError("holds a character that is not text (NUL, or bytes that are not UTF-8)", place=place,
+                            remedy="rename the file or write the value again")
+    if kind is Path:
+        value = Path(value).expanduser() if value.startswith("~/") else Path(value)
+    return value
+
+
+def _within_limits(setting: Setting, value: int | float, place: str) -> int | float | None:
+    meta = setting.meta
+    if not (abs(value) < 2**63):  # also catches nan and infinity
+        raise _wrong(setting, value, "a number that a computer can count to", place)
+    low, high, above = meta["minimum"], meta["maximum"], meta["above"]
+    if low is not None and value < low:
+        raise UserError(f"{show(value)} is less than {show(low)}", place=place, remedy=f"give {show(low)} or more")
+    if above is not None and value <= above:
+        raise UserError(f"{show(value)} is not above {show(above)}", place=place, remedy=f"give a number above {show(above)}")
+    if high is not None and value > high:
+        raise UserError(f"{show(value)} is more than {show(high)}", place=place, remedy=f"give {show(high)} or less")
+    return None if value == 0 and setting.zero_is_off else value
