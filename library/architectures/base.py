@@ -41,10 +41,10 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class TextEncoders:
-    """Loaded encoders with the tokenizers they need to be called."""
+    """Loaded encoders with the tokenizers they need to be called; only the adapter looks inside ``tokenizers``."""
 
     modules: Mapping[str, nn.Module]
-    tokenizers: Mapping[str, Any]
+    tokenizers: Any
 
 
 class Architecture(Protocol):
@@ -70,6 +70,9 @@ class Architecture(Protocol):
     def encode_text(self, encoders: TextEncoders, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """Captions -> named tensors, each (B, ...): exactly what ``predict`` takes as ``text``."""
 
+    def truncation_note(self, encoders: TextEncoders) -> str:
+        """One line about captions that were too long since the last call, or an empty string."""
+
     def predict(self, denoiser: nn.Module, x_t: torch.Tensor, level: torch.Tensor, text: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(B, C, h, w), (B,) noise level in [0, 1], text -> (B, C, h, w) float32: the velocity noise - latents."""
 
@@ -87,4 +90,4 @@ class Architecture(Protocol):
         """Architecture and conditioning facts for the file's metadata."""
 
     def describe(self) -> str:
-        """One line for the log: variant, size, where each part was found."""
+        """For the log: the variant, and a line per part that says where it was found."""

@@ -32,6 +32,8 @@ def scan(argv: Sequence[str], takes: Callable[[str], str | None]) -> tuple[list[
         at += 1
         if not found:
             errors.append(_stray(argv[at - 1], given[-1] if given else None, takes))
+            if _flag_like(argv[at - 1]):  # its value would only be a second mistake
+                at += at < len(argv) and not _FLAG.match(argv[at])
             continue
         name, inline, kind = found["name"], found["value"], takes(found["name"])
         if kind == "switch":
@@ -55,10 +57,15 @@ def asks_for_help(argv: Sequence[str]) -> bool:
     return "--help" in argv or "-h" in argv
 
 
+def _flag_like(text: str) -> bool:
+    """Meant as a flag, with the wrong hyphens."""
+    return re.match(rf"(?:[{_DASHES}]-?|-)[A-Za-z]\w", text) is not None
+
+
 def _stray(text: str, before: Given | None, takes: Callable[[str], str | None]) -> UserError:
     """An argument that is neither a flag nor belongs to one."""
-    if text[:1] in _DASHES or re.match(r"-[A-Za-z]{2}", text):
-        name = text.lstrip(_DASHES + "-")
+    if _flag_like(text):
+        name = text.lstrip(f"{_DASHES}-")
         return UserError(f"unexpected argument {text!r}", place="command line", remedy=f"write --{name} with two plain hyphens")
     remedy = "names of flags begin with --"
     if before is not None and takes(before.name) == "switch":

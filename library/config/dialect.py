@@ -61,6 +61,7 @@ def _inert() -> Iterator[Record]:
     yield from records(INERT, "skip_cache_check skip_latents_validity_check",
                        "cache entries are found by content, so there is no separate check to skip")
     yield from records(INERT, "cache_info", "captions and picture sizes are read afresh, so that edits are seen")
+    yield from records(INERT, "persistent_data_loader_workers", "the processes that read pictures live as long as the run")
     yield from records(INERT, "ddp_timeout= ddp_gradient_as_bucket_view ddp_static_graph",
                        "the process group is set up by the program itself")
     yield from records(INERT, "dynamo_backend=", "only read with --torch_compile", neutral=("no", "inductor"))
@@ -136,7 +137,7 @@ def _later_data() -> Iterator[Record]:
 
 
 def _elsewhere() -> Iterator[Record]:
-    lora = "a flag of LoRA training", "run the *_train_network.py script of this model, or leave it out"
+    lora = "belongs to the *_train_network.py scripts (LoRA)", "leave it out here, or run that script of the same model"
     yield from records(ELSEWHERE, "network_module= network_dim= network_alpha= network_dropout= network_args* network_weights= "
                        "dim_from_weights network_train_unet_only network_train_text_encoder_only scale_weight_norms= "
                        "base_weights* base_weights_multiplier* training_comment= unet_lr= text_encoder_lr* fp8_base "
@@ -144,7 +145,7 @@ def _elsewhere() -> Iterator[Record]:
                        "max_validation_steps= initial_epoch= initial_step= skip_until_initial_step", *lora)
     yield from records(ELSEWHERE, "prior_loss_weight=", *lora, neutral=(1,))
     yield from records(ELSEWHERE, "validation_split=", *lora, neutral=(0,))
-    other = "a flag for another kind of model", "leave it out, or run that model's script"
+    other = "belongs to the script of another kind of model", "leave it out here, or run that model's script"
     yield from records(ELSEWHERE, "clip_g= gemma2= gemma2_max_token_length= system_prompt= apply_lg_attn_mask "
                        "clip_l_dropout_rate= clip_g_dropout_rate= t5_dropout_rate= pos_emb_random_crop_rate= "
                        "enable_scaled_pos_embed save_clip save_t5xxl t5xxl_device= t5xxl_dtype= use_t5xxl_cache_only "

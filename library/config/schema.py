@@ -25,8 +25,8 @@ def flag(default: Any, help: str, *, choices: tuple | None = None, off: str = ""
 
     ``off`` is how to switch it off (``"0"`` on an optional number makes 0 the same as not given). Limits: ``minimum`` and
     ``maximum`` are allowed values, ``above`` is not. ``read`` turns text or a TOML value into the field's value, or raises
-    ValueError("is not ..."). ``exists``: the path must be there before anything starts. ``saved=False`` keeps it out of
-    the saved configuration; ``secret`` also out of every repr. ``default_text`` says in words what None stands for.
+    ValueError(what it should be, remedy). ``exists``: the path must be there before anything starts. ``saved=False``
+    keeps it out of the saved configuration; ``secret`` also out of every repr. ``default_text`` says what None stands for.
     """
     metadata = dict(help=help, choices=choices, off=off, nargs=nargs, minimum=minimum, maximum=maximum, above=above,
                     metavar=metavar, since=since, read=read, required=required, exists=exists, secret=secret,
@@ -78,7 +78,6 @@ class DatasetOptions:
     dataset_repeats: int = flag(1, "times each picture is shown per epoch", minimum=1)
     max_data_loader_n_workers: int = flag(
         8, "processes that read pictures (never more than CPUs; none when everything is cached)", minimum=0, off="0")
-    persistent_data_loader_workers: bool = flag(False, "keep those processes between epochs")
 
     @property
     def size(self) -> tuple[int, int] | None:

@@ -33,7 +33,9 @@ class Setting:
 
     def shown(self, value: Any) -> str:
         """For messages: never a secret."""
-        return "this value" if self.meta["secret"] else repr(value) if isinstance(value, str) else show(value)
+        if self.meta["secret"]:
+            return "this value"
+        return repr(value) if isinstance(value, (str, float)) else str(value).lower() if isinstance(value, bool) else show(value)
 
 
 def settings_of(section: str, cls: type, defaults: Mapping[str, Any] | None = None) -> list[Setting]:
@@ -94,7 +96,7 @@ def read_size(value: Any) -> str:
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
     sides = [int(part) if isinstance(part, str) and part.strip().isdecimal() else part for part in parts]
     if len(sides) not in (1, 2) or not all(type(side) is int and side > 0 for side in sides):
-        raise ValueError("a size in pixels such as 1024 or 1024,768")
+        raise ValueError("a size in pixels", "write N or W,H, for instance 1024 or 1024,768")
     return ",".join(str(side) for side in sides)
 
 
@@ -111,7 +113,7 @@ def read_warmup(value: Any) -> int | float:
             amount = None  # 100 % and more would otherwise read as a number of steps
     if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not math.isfinite(amount) or amount < 0 \
             or (amount >= 1 and amount != int(amount)):
-        raise ValueError("a number of steps, a share below 1, or a percentage below 100%")
+        raise ValueError("a number of steps or a share of the run", "write for instance 100, 0.05 or 5%")
     return int(amount) if amount == int(amount) else float(amount)
 
 
@@ -167,7 +169,7 @@ def _read(setting: Setting, value: Any, place: str) -> Any:
     try:
         return setting.meta["read"](value)
     except ValueError as error:
-        raise _wrong(setting, value, str(error), place) from None
+        raise _wrong(setting, value, *error.args[:1], place, *error.args[1:]) from None
 
 
 def _wrong(setting: Setting, value: Any, expected: str, place: str, remedy: str = "") -> UserError:

@@ -1,0 +1,65 @@
+"""From a command line to an exit status: the only place that turns errors into words and codes.
+
+Exit status: 0 done (or stopped by a signal with everything saved), 2 a mistake the user can mend (one line each on
+stderr, no stack trace), 130 stopped at once by a second Ctrl-C. Anything else is a defect of ours and keeps its trace.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from library.config.check import check
+from library.config.parse import Entry, OutputWritten, parse
+from library.errors import UserError
+
+
+def main(entry: Entry, argv: Sequence[str]) -> int:
+    """Parse, check and run one training script. Returns the exit status."""
+    for library in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(library, "error")  # read when they are imported: their advice is not for users of a script
+    try:
+        config = parse(entry, argv)
+        check(config)
+        from library.run import run  # heavy imports (torch, diffusers) start here, after every refusal that needs none
+
+        run(entry, config)
+    except OutputWritten as written:
+        print(written)
+    except UserError as error:
+        _report(error.problems)
+        return 2
+    except KeyboardInterrupt:
+        _report(["stopped at once by a second Ctrl-C; files already complete are untouched"])
+        return 130
+    except Exception as error:
+        lines = _known_failure(error)
+        if lines is None:
+            raise
+        _report(lines)
+        return 2
+    return 0
+
+
+def _report(problems: Sequence[str]) -> None:
+    """One line per problem, from the first process only: eight ranks would say it eight times."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    sys.stdout.flush()
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if len(problems) > 1:
+        print(f"error: {len(problems)} problems, nothing was started", file=sys.stderr)
+
+
+def _known_failure(error: Exception) -> list[str] | None:
+    """Failures of the machine that have a remedy on the command line."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return [f"out of memory on the device: {str(error).splitlines()[0]}; lower --train_batch_size or the resolution, "
+                "add --gradient_checkpointing, --cache_latents and --cache_text_encoder_outputs, "
+                "or use --optimizer_type AdamW8bit or Adafactor"]
+    if isinstance(error, OSError) and error.filename is not None:
+        return [f"{Path(os.fsdecode(error.filename))}: {error.strerror or error}; check the path, its permissions and the free space"]
+    return None

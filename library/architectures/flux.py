@@ -1,0 +1,112 @@
+"""FLUX.1 (dev and schnell): the adapter.
+
+Latents are (B, 16, H/8, W/8) = (z - 0.1159) * 0.3611. Facts stand once: calling the transformer in ``flux_call.py``, its
+files in ``flux_parts.py``, modules and their configurations in ``flux_models.py``, text in ``flux_text.py``, previews in
+``flux_preview.py``, key names in ``checkpoint/flux_keys.py``. This page puts them together for one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from library.architectures.base import TextEncoders
+from library.architectures.flux_call import keep_time_exact, predict
+from library.architectures.flux_models import encode_image, load_clip, load_t5, load_transformer, load_vae
+from library.architectures.flux_options import FluxOptions
+from library.architectures.flux_parts import open_parts
+from library.architectures.flux_preview import sample
+from library.architectures.flux_text import Tokenizers, encode_text, load_tokenizer, tokenizer_identity
+from library.checkpoint.export import carry, export_module
+from library.checkpoint.flux_keys import TRANSFORMER
+from library.checkpoint.keymap import module_shapes
+from library.checkpoint.metadata import HASH_KEY
+from library.checkpoint.writer import write_safetensors
+from library.config.schema import ModelOptions
+from library.errors import UserError
+from library.prompts import Prompt
+
+T5_TOKENS = {"dev": 512, "schnell": 256}  # the context lengths of the two releases
+
+
+class Flux:
+    """The adapter of one run. Construction reads headers only and refuses wrong, missing or unsupported files at once."""
+
+    latent = FluxOptions.latent
+
+    def __init__(self, model: ModelOptions, options: FluxOptions):
+        self.options = options
+        self.parts = open_parts(
+            str(model.pretrained_model_name_or_path), ae=options.ae, clip_l=options.clip_l, t5xxl=options.t5xxl,
+            clip_l_tokenizer=options.clip_l_tokenizer, t5xxl_tokenizer=options.t5xxl_tokenizer,
+        )
+        self.file = self.parts.transformer
+        if self.file.variant == "schnell" and options.guidance_scale != 1.0:
+            raise UserError(f"--guidance_scale {options.guidance_scale} given, but {self.file.source.path} is FLUX.1-schnell, "
+                            "which has no guidance embedding", remedy="remove --guidance_scale or use a FLUX.1-dev checkpoint")
+        self.text_tokens = options.t5xxl_max_token_length or T5_TOKENS[self.file.variant]
+
+    def describe(self) -> str:
+        return self.parts.summary()
+
+    def vae_identity(self, dtype: torch.dtype) -> str:
+        return f"{self.parts.ae.identity()}/{dtype}/posterior-mean"
+
+    def text_identity(self, dtype: torch.dtype) -> str:
+        encoders = [self.parts.clip_l.identity(), self.parts.t5xxl.identity()]
+        tokenizers = [tokenizer_identity(folder) for folder in (self.parts.clip_l_tokenizer, self.parts.t5xxl_tokenizer)]
+        return "/".join([*encoders, *tokenizers, str(dtype), str(self.text_tokens), f"masked={self.options.apply_t5_attn_mask}"])
+
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return load_vae(self.parts.ae, dtype, device)
+
+    def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> TextEncoders:
+        modules = {"clip": load_clip(self.parts.clip_l, dtype, device), "t5": load_t5(self.parts.t5xxl, dtype, device)}
+        tokenizers = Tokenizers(load_tokenizer("clip", self.parts.clip_l_tokenizer), load_tokenizer("t5", self.parts.t5xxl_tokenizer))
+        return TextEncoders(modules, tokenizers)
+
+    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        denoiser = load_transformer(self.file, dtype, device)
+        keep_time_exact(denoiser)
+        return denoiser
+
+    def encode_image(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        return encode_image(vae, pixels)
+
+    def encode_text(self, encoders: TextEncoders, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        return encode_text(encoders.modules["clip"], encoders.modules["t5"], encoders.tokenizers, list(captions), self.text_tokens,
+                           self.options.apply_t5_attn_mask)
+
+    def truncation_note(self, encoders: TextEncoders) -> str:
+        return encoders.tokenizers.truncation_note(self.text_tokens)
+
+    def predict(self, denoiser: nn.Module, x_t: torch.Tensor, level: torch.Tensor, text: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return predict(denoiser, x_t, level, text, self.options.guidance_scale, self.options.apply_t5_attn_mask)
+
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        return [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks]
+
+    def sample(self, denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
+               negative: Mapping[str, torch.Tensor] | None) -> Image.Image:
+        return sample(denoiser, vae, prompt, positive, negative, self.file.variant == "schnell", self.options.apply_t5_attn_mask)
+
+    def export(self, denoiser: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        """The names of the original release, with the prefix of the input; an all-in-one file keeps its other parts."""
+        bound = TRANSFORMER.bind(module_shapes(denoiser))
+        order = self.file.source.layout_order if self.file.layout == "bfl" else ()
+        tensors = export_module(denoiser, bound, dtype=dtype, prefix=self.file.prefix, order=order)
+        if self.file.extras:
+            tensors = (tensors + carry(self.file.whole, self.file.extras)).in_order(self.file.whole.layout_order)
+        write_safetensors(path, tensors.entries, tensors.get, metadata, add_hash_key=HASH_KEY if metadata else None)
+
+    def modelspec(self) -> Mapping[str, str]:
+        return {"architecture": f"flux-1-{self.file.variant}", "implementation": "https://github.com/black-forest-labs/flux"}
+
+
+def open_architecture(model: ModelOptions, options: FluxOptions) -> Flux:
+    """What ``run.py`` calls: the adapter of this module."""
+    return Flux(model, options)

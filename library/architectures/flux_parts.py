@@ -1,0 +1,259 @@
+"""The files FLUX.1 is made of: which file is what, and where people keep them. Reads headers only.
+
+``open_parts`` is the door: it finds the transformer, the autoencoder, both text encoders and both tokenizers, or says in
+one go everything that is missing or wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.architectures.flux_tokenizers import TOKENIZERS, find_tokenizer
+from library.checkpoint import known_keys
+from library.checkpoint.hub import Hub, HubFile
+from library.checkpoint.locate import Found, PartSpec, check_exists, fetch, find, search_folders
+from library.checkpoint.header import TensorInfo
+from library.checkpoint.source import Source, open_source
+from library.errors import UserError, raise_all
+
+Tensors = Mapping[str, TensorInfo]
+FLAG = "--pretrained_model_name_or_path"
+DEV_REPO, SCHNELL_REPO = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
+ENCODERS_REPO = "comfyanonymous/flux_text_encoders"
+AE_ELSEWHERE = ("Comfy-Org/Lumina_Image_2.0_Repackaged", "split_files/vae/ae.safetensors")  # the same autoencoder, not gated
+LATENT_CHANNELS, LATENT_LEVELS = 16, 4
+TOKEN_WIDTH = 64  # 16 latent channels of a 2x2 patch
+# Files of a hub repository or of a folder that may hold the transformer, in order of preference.
+TRANSFORMER_FILES = ("flux1-dev.safetensors", "flux1-schnell.safetensors",
+                     "transformer/diffusion_pytorch_model.safetensors.index.json",
+                     "transformer/diffusion_pytorch_model.safetensors")
+AE_FILES = ("ae.safetensors", "ae.sft", "flux_ae.safetensors", "flux-ae.safetensors", "flux_vae.safetensors", "vae.safetensors",
+            "FLUX1/ae.safetensors", "vae/diffusion_pytorch_model.safetensors", "vae/ae.safetensors")
+CLIP_FILES = ("clip_l.safetensors", "clip-l.safetensors", "text_encoder/model.safetensors", "text_encoder/clip_l.safetensors")
+T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl.safetensors", "t5xxl_bf16.safetensors", "t5xxl_fp32.safetensors",
+            "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors",
+            "google_t5-v1_1-xxl_encoderonly-fp16.safetensors", "google_t5-v1_1-xxl_encoderonly-fp8_e4m3fn.safetensors",
+            "text_encoder_2/model.safetensors.index.json", "text_encoder_2/model.safetensors")
+T5_ON_HUB = ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
+
+
+@dataclass(frozen=True)
+class FluxFile:
+    """The transformer's tensors (prefix stripped) and what the header says about them.
+
+    ``layout`` "bfl" (fused, single file) or "diffusers"; ``prefix`` goes before every key when the model is saved (always
+    in BFL names); ``extras`` are the other tensors of ``whole``, the source as opened. Widths: of the transformer, of the
+    text tokens and of the pooled text it takes.
+    """
+
+    source: Source
+    variant: str
+    layout: str
+    prefix: str
+    whole: Source
+    extras: tuple[str, ...]
+    width: int
+    head_dim: int
+    text_width: int
+    pooled_width: int
+
+
+@dataclass(frozen=True)
+class FluxParts:
+    """Everything found, nothing loaded. ``origins`` tells for each part where it came from."""
+
+    transformer: FluxFile
+    ae: Source
+    clip_l: Source
+    t5xxl: Source
+    clip_l_tokenizer: Path
+    t5xxl_tokenizer: Path
+    origins: Mapping[str, str]
+
+    def summary(self) -> str:
+        """For the log: the variant, and a line per part that says where it was found."""
+        layout = {"bfl": "original", "diffusers": "diffusers"}[self.transformer.layout]
+        kind = f"FLUX.1-{self.transformer.variant}, {layout} layout: {self.transformer.whole.path}"
+        return "\n".join([kind, *(f"  {name}: {origin}" for name, origin in self.origins.items())])
+
+
+def open_parts(pretrained: str | Path, *, ae: Path | str | None = None, clip_l: Path | str | None = None,
+               t5xxl: Path | str | None = None, clip_l_tokenizer: str | None = None, t5xxl_tokenizer: str | None = None,
+               hub: Hub | None = None) -> FluxParts:
+    """Find every part. Raises one UserError (``UserErrors``) with all that is missing or wrong, before any download of encoders.
+
+    Empty strings count as not given. ``hub`` is replaced in tests.
+    """
+    hub = hub or Hub()
+    given = {"ae": ae, "clip_l": clip_l, "t5xxl": t5xxl}
+    try:
+        transformer = describe(open_checkpoint(pretrained, hub))
+    except UserError as error:
+        raise_all([error, *_absent(given)])  # what the other parts must look like is not known; whether they exist is
+        raise AssertionError from error
+    specs = part_specs(transformer, given, repo=_repository(pretrained))
+    found, errors = find(transformer.whole, specs, known_keys.recognise, hub)
+    beside = search_folders(transformer.whole.path)[0]
+    tokenizers = {}
+    for kind, given in {"clip_l_tokenizer": clip_l_tokenizer, "t5xxl_tokenizer": t5xxl_tokenizer}.items():
+        encoder = found.get(kind.removesuffix("_tokenizer"))
+        own = search_folders(encoder.source.path)[0] if isinstance(encoder, Found) else []
+        try:
+            tokenizers[kind] = find_tokenizer(TOKENIZERS[kind], given, [*own, *beside], _repository(pretrained), hub)
+        except UserError as error:
+            errors.append(error)
+    raise_all(errors)
+    located = fetch(found, specs, known_keys.recognise, hub)
+    folders = {kind: place.fetch(hub) for kind, place in tokenizers.items()}
+    origins = {name: part.origin for name, part in located.items()} | {kind: place.origin for kind, place in tokenizers.items()}
+    return FluxParts(transformer, located["ae"].source, located["clip_l"].source, located["t5xxl"].source,
+                     folders["clip_l_tokenizer"], folders["t5xxl_tokenizer"], origins)
+
+
+def _absent(given: Mapping[str, Path | str | None]) -> list[UserError]:
+    errors = []
+    for name, path in given.items():
+        try:
+            if path:
+                check_exists(Path(path), f"--{name}")
+        except UserError as error:
+            errors.append(error)
+    return errors
+
+
+def open_checkpoint(name: str | Path, hub: Hub) -> Source:
+    """The file, folder (diffusers pipeline, its ``transformer`` folder, shards), or hub repository called ``name``.
+
+    A repository may be followed by a file: ``org/repo/file.safetensors``. UserError when there is nothing or no such file.
+    """
+    path = Path(name)
+    if path.is_dir():
+        inside = next((path / file for file in TRANSFORMER_FILES if (path / file).is_file()), None)
+        component = path / "transformer"
+        return open_source(inside or (component if component.is_dir() else path))
+    repo = _repository(name)
+    if path.exists() or repo is None:
+        check_exists(path, FLAG)
+        one_of_several = re.search(r"-\d{5}-of-\d{5}\.safetensors$", path.name)  # the dialect names a model by any of its shards
+        return open_source(path.parent if one_of_several else path)
+    rest = str(name)[len(repo) + 1:]
+    files = (rest,) if rest else TRANSFORMER_FILES
+    broken: list[UserError] = []
+    for cached in filter(None, (hub.cached(repo, file) for file in files)):
+        try:
+            return open_source(cached)
+        except UserError as error:  # not all shards were downloaded
+            broken.append(error)
+    reasons = []
+    for file in files:
+        offer = hub.offer(repo, file)
+        if isinstance(offer, HubFile):
+            return open_source(hub.download(offer))
+        reasons.append(offer)
+    if broken:
+        raise broken[0]
+    raise UserError(f"{name} is neither a file or folder here nor in the hub cache, and {', '.join(dict.fromkeys(reasons))}",
+                    place=FLAG, remedy="give the path of a FLUX.1 checkpoint, or the name of a hub repository that holds one")
+
+
+def describe(source: Source) -> FluxFile:
+    """What the header says. UserError for anything but a trainable FLUX.1 transformer, saying what it is instead."""
+    tensors = source.tensors
+    title = known_keys.recognise(tensors)
+    if (quantised := known_keys.quantisation(tensors)):
+        raise UserError(f"{source.path} is quantised ({quantised}), which cannot be fine-tuned", place=FLAG,
+                        remedy="give the bf16, fp16, fp32 or fp8 file of the model")
+    if not title.startswith("a FLUX.1 transformer"):
+        raise UserError(f"{source.path} is not a FLUX.1 checkpoint: it looks like {title}", place=FLAG,
+                        remedy="give a FLUX.1-dev or FLUX.1-schnell checkpoint")
+    prefix = known_keys.transformer_prefix(tensors)
+    view = source.view(prefix) if prefix else source
+    names = view.tensors
+    layout = "bfl" if "img_in.weight" in names else "diffusers"
+    embed, text, pooled, out, scale, guidance = _key_facts(layout)
+    missing = [key for key in (embed, text, pooled, out, scale) if key not in names]
+    if missing:
+        raise UserError(f"{source.path} looks like a FLUX.1 transformer but lacks {', '.join(missing)}", place=FLAG,
+                        remedy="download the file again, or give a complete checkpoint")
+    if names[embed].shape[1] != names[out].shape[0]:
+        raise UserError(f"{source.path} takes {names[embed].shape[1]} inputs per image token but predicts {names[out].shape[0]}: "
+                        "it looks like a Fill, Canny, Depth or other control variant of FLUX.1, whose extra inputs no dataset "
+                        "here provides", place=FLAG, remedy="give a FLUX.1-dev or FLUX.1-schnell checkpoint")
+    if names[out].shape[0] != TOKEN_WIDTH:
+        raise UserError(f"{source.path} predicts {names[out].shape[0]} numbers per image token where FLUX.1 has {TOKEN_WIDTH}",
+                        place=FLAG, remedy="give a FLUX.1-dev or FLUX.1-schnell checkpoint")
+    return FluxFile(source=view, variant="dev" if guidance in names else "schnell", layout=layout,
+                    prefix=prefix if layout == "bfl" else "", whole=source,
+                    extras=tuple(name for name in tensors if layout == "bfl" and not name.startswith(prefix)),
+                    width=names[embed].shape[0], head_dim=names[scale].shape[0], text_width=names[text].shape[1],
+                    pooled_width=names[pooled].shape[1])
+
+
+def part_specs(transformer: FluxFile, given: Mapping[str, Path | str | None], repo: str | None = None) -> tuple[PartSpec, ...]:
+    """What to look for beside ``transformer``: encoders must have the widths it takes. ``repo``: the repository it came from."""
+    official = (DEV_REPO, SCHNELL_REPO) if transformer.variant == "dev" else (SCHNELL_REPO, DEV_REPO)
+    repos = tuple(dict.fromkeys(((repo,) if repo else ()) + official))
+
+    def in_repos(*names: str) -> tuple[tuple[str, str], ...]:
+        return tuple((repository, name) for repository in repos for name in names)
+
+    return (
+        PartSpec("ae", "FLUX.1 autoencoder", "--ae", given.get("ae"), ("vae.", "first_stage_model."), AE_FILES, ("vae",),
+                 (*in_repos("ae.safetensors", "vae/diffusion_pytorch_model.safetensors"), AE_ELSEWHERE), is_autoencoder),
+        PartSpec("clip_l", f"CLIP-L text encoder (width {transformer.pooled_width})", "--clip_l", given.get("clip_l"),
+                 ("text_encoders.clip_l.transformer.", "text_encoders.clip_l."), CLIP_FILES, ("clip", "text_encoders"),
+                 ((ENCODERS_REPO, "clip_l.safetensors"), *in_repos("text_encoder/model.safetensors")),
+                 lambda tensors: is_clip(tensors, transformer.pooled_width)),
+        PartSpec("t5xxl", f"T5-XXL text encoder (width {transformer.text_width})", "--t5xxl", given.get("t5xxl"),
+                 ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."), T5_FILES, ("clip", "text_encoders"),
+                 (*((ENCODERS_REPO, name) for name in T5_ON_HUB), *in_repos("text_encoder_2/model.safetensors.index.json")),
+                 lambda tensors: is_t5(tensors, transformer.text_width)),
+    )
+
+
+def is_autoencoder(tensors: Tensors) -> bool:
+    """16 channels at an eighth of the resolution, no quant convs, in BFL or diffusers names."""
+    if "decoder.conv_in.weight" not in tensors or "quant_conv.weight" in tensors:
+        return False
+    level = re.compile(r"encoder\.(down|down_blocks)\.\d+\.(block|resnets)\.0\.conv1\.weight")
+    levels = [name for name in tensors if level.fullmatch(name)]
+    return tensors["decoder.conv_in.weight"].shape[1] == LATENT_CHANNELS and len(levels) == LATENT_LEVELS
+
+
+def is_clip(tensors: Tensors, width: int) -> bool:
+    """A CLIP text model of this width (the vision half may be there too; the key map drops it)."""
+    keys = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight")
+    return any(key in tensors and tensors[key].shape[1] == width for key in keys)
+
+
+def is_t5(tensors: Tensors, width: int) -> bool:
+    """A gated T5 encoder (v1.1) of this width with one relative bias for all blocks (a multilingual UMT5 has one each)."""
+    key = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+    own_bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+    return key in tensors and tensors[key].shape[1] == width and own_bias not in tensors
+
+
+def _key_facts(layout: str) -> tuple[str, str, str, str, str, str]:
+    """Keys of: image input, text input, pooled input, output, query norm, guidance embedding."""
+    if layout == "bfl":
+        return ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight",
+                "double_blocks.0.img_attn.norm.query_norm.scale", "guidance_in.in_layer.weight")
+    return ("x_embedder.weight", "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight", "proj_out.weight",
+            "transformer_blocks.0.attn.norm_q.weight", "time_text_embed.guidance_embedder.linear_1.weight")
+
+
+def _repository(name: str | Path) -> str | None:
+    """``org/repo`` when ``name`` can be one and is nothing here; paths with more parts only if they end in a file."""
+    text = str(name).replace(os.sep, "/")  # a Path on Windows has turned the slash round
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(/[\w./-]+\.(safetensors|sft|json))?", text)
+    if match is None or Path(name).exists():
+        return None
+    if match.group(2) is None and text.endswith((".safetensors", ".sft", ".ckpt", ".gguf", ".pt")):
+        return None
+    if Path(Path(text).parts[0]).is_dir():
+        return None  # the first part is a folder here: a mistyped path, not a repository
+    return match.group(1)

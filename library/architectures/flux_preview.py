@@ -1,0 +1,63 @@
+"""One preview picture from the live parts, drawn by diffusers' FluxPipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from PIL import Image
+from torch import nn
+
+from library.architectures.flux_call import unpack
+from library.architectures.flux_models import decode_image
+from library.prompts import Prompt
+
+# scheduler_config.json of the two releases: dev shifts its levels with the number of tokens, schnell does not.
+DEV_SCHEDULE = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15,
+                "base_image_seq_len": 256, "max_image_seq_len": 4096}
+SCHNELL_SCHEDULE = {"shift": 1.0, "use_dynamic_shifting": False}
+
+
+@torch.no_grad()
+def sample(denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
+           negative: Mapping[str, torch.Tensor] | None, schnell: bool, use_text_mask: bool) -> Image.Image:
+    """Draw ``prompt`` (its seed must be set). ``positive`` and ``negative``: ``t5`` (1, L, D) and ``clip_pooled`` (1, D).
+
+    ``negative`` acts when ``prompt.cfg`` is above 1. Latents stay float32 between steps whatever the weights' dtype.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline  # pipelines take seconds to import, and not every run draws
+
+    scheduler = FlowMatchEulerDiscreteScheduler(**(SCHNELL_SCHEDULE if schnell else DEV_SCHEDULE))
+    pipeline = FluxPipeline(scheduler=scheduler, vae=vae, transformer=denoiser, text_encoder=None, tokenizer=None,
+                            text_encoder_2=None, tokenizer_2=None)
+    pipeline.set_progress_bar_config(disable=True)
+    device = denoiser.x_embedder.weight.device
+
+    def ready(text: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        return text[name].to(device, torch.float32)
+
+    arguments = {}
+    if use_text_mask:
+        # The pipeline passes one mask to both passes of true guidance: a text token counts where either prompt has one.
+        words = positive["t5_mask"].bool() if negative is None else positive["t5_mask"].bool() | negative["t5_mask"].bool()
+        pictures = torch.ones(1, (prompt.height // 16) * (prompt.width // 16), dtype=torch.bool)
+        arguments["attention_mask"] = torch.cat([words.cpu(), pictures], dim=1).to(device)  # (1, L + N)
+    guided = prompt.cfg > 1.0 and negative is not None
+    with torch.autocast(device.type, dtype=denoiser.x_embedder.weight.dtype, enabled=denoiser.x_embedder.weight.dtype != torch.float32):
+        tokens = pipeline(
+            prompt_embeds=ready(positive, "t5"),
+            pooled_prompt_embeds=ready(positive, "clip_pooled"),
+            negative_prompt_embeds=ready(negative, "t5") if guided else None,
+            negative_pooled_prompt_embeds=ready(negative, "clip_pooled") if guided else None,
+            true_cfg_scale=prompt.cfg,
+            guidance_scale=prompt.guidance,
+            height=prompt.height,
+            width=prompt.width,
+            num_inference_steps=prompt.steps,
+            generator=torch.Generator("cpu").manual_seed(prompt.seed),
+            joint_attention_kwargs=arguments or None,
+            output_type="latent",
+        ).images  # (1, N, 64)
+    latents = unpack(tokens.float(), prompt.height // 8, prompt.width // 8)
+    pixels = decode_image(vae, latents)[0]  # (3, H, W) in [-1, 1]
+    return Image.fromarray(((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())

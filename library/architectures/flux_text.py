@@ -1,0 +1,102 @@
+"""Tokenizers, and captions to what FLUX.1 reads: T5's token states and CLIP's pooled vector."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.architectures.flux_tokenizers import BESIDE, TOKENIZERS, wanted_files
+from library.errors import UserError
+
+
+@dataclass
+class Tokenizers:
+    """Both tokenizers, and how many captions each has cut short since the last ``truncation_note``."""
+
+    clip: Any
+    t5: Any
+    truncated: dict[str, int] = field(default_factory=lambda: {"CLIP": 0, "T5": 0})
+
+    def truncation_note(self, t5_length: int) -> str:
+        """One line about captions that did not fit, or an empty string; counting starts anew."""
+        clip, t5 = self.truncated["CLIP"], self.truncated["T5"]
+        self.truncated.update(CLIP=0, T5=0)
+        if t5:
+            return (f"{t5} captions are longer than {t5_length} T5 tokens and were cut there (--t5xxl_max_token_length); "
+                    f"CLIP, which reads 77 tokens, saw the beginning of {clip}")
+        return f"{clip} captions are longer than CLIP's 77 tokens: it saw their beginning, T5 all of them" if clip else ""
+
+
+def load_tokenizer(kind: str, folder: Path) -> Any:
+    """``CLIPTokenizer`` ("clip") or ``T5Tokenizer`` ("t5") from a folder with its files; never asks the hub.
+
+    The concrete classes are used because AutoTokenizer needs a config and finds no padding token in a bare tokenizer.json.
+    UserError when the files cannot be read.
+    """
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    try:
+        if kind == "clip":
+            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # Sentinel tokens are part of the published vocabulary; adding 100 more would overrun the embedding table.
+        return T5Tokenizer.from_pretrained(str(folder), local_files_only=True, extra_ids=0)
+    except Exception as error:  # transformers and tokenizers raise plain Exception for malformed files
+        spec = next(spec for spec in TOKENIZERS.values() if spec.kind == kind)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the {spec.title} in {folder} cannot be read: {reason}", place=spec.flag,
+                        remedy=f"give a folder with an intact {wanted_files(spec)}") from error
+
+
+def tokenizer_identity(folder: Path) -> str:
+    """Hex digest of the tokenizer's files, independent of where they lie; part of every text cache key."""
+    digest = hashlib.sha256()
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", *BESIDE):
+        if (path := Path(folder) / name).is_file():
+            digest.update(f"{name} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def encode_text(clip: nn.Module, t5: nn.Module, tokenizers: Tokenizers, captions: Sequence[str], t5_length: int,
+                apply_mask: bool) -> dict[str, torch.Tensor]:
+    """``t5`` (B, t5_length, D), ``clip_pooled`` (B, D) in the encoders' dtypes, ``t5_mask`` (B, t5_length) bool (true: a token).
+
+    With ``apply_mask`` padding is hidden from T5; without, T5 attends to it as the published model does. The mask is
+    returned in both cases. Captions too long for an encoder are cut (end token kept) and counted in ``tokenizers.truncated``.
+    """
+    words = t5.get_input_embeddings().weight  # (V, D)
+    ids, mask = _tokenise(tokenizers, "T5", captions, t5_length, words.shape[0])
+    states = t5(input_ids=ids.to(words.device), attention_mask=mask.to(words.device) if apply_mask else None).last_hidden_state
+
+    words = clip.get_input_embeddings().weight
+    length = clip.config.max_position_embeddings
+    clip_ids, _ = _tokenise(tokenizers, "CLIP", captions, length, words.shape[0])
+    output = clip(input_ids=clip_ids.to(words.device)).last_hidden_state  # (B, 77, D), final norm applied
+    # The pooled vector is the state at the first end token (padding repeats it); taken here by the tokenizer's own number,
+    # because configs in circulation name a wrong one.
+    end = (clip_ids == tokenizers.clip.eos_token_id).int().argmax(dim=-1)
+    pooled = output[torch.arange(len(captions), device=output.device), end.to(output.device)]
+    return {"t5": states, "clip_pooled": pooled, "t5_mask": mask.bool().to(states.device)}
+
+
+def _tokenise(tokenizers: Tokenizers, kind: str, captions: Sequence[str], length: int,
+              vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token numbers and mask, both (B, length) int64 on the CPU. UserError when the encoder has no row for a token."""
+    tokenizer = tokenizers.clip if kind == "CLIP" else tokenizers.t5
+    captions = list(captions)
+    whole = tokenizer(captions, verbose=False)["input_ids"]
+    tokenizers.truncated[kind] += sum(len(row) > length for row in whole)
+    encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_attention_mask=True,
+                        return_tensors="pt")
+    ids = encoded["input_ids"]
+    if int(ids.max()) >= vocabulary:
+        flag = "--clip_l_tokenizer" if kind == "CLIP" else "--t5xxl_tokenizer"
+        raise UserError(f"the {kind} tokenizer gives token {int(ids.max())}, but the encoder knows only {vocabulary} tokens",
+                        remedy=f"give the tokenizer that belongs to the encoder with {flag}")
+    return ids, encoded["attention_mask"]

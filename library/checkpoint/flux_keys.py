@@ -1,0 +1,105 @@
+"""FLUX.1's key maps: the names in the files people trade and those in the diffusers and transformers modules.
+
+Sources of the names: black-forest-labs/flux (`model.py`, `modules/layers.py`, `modules/autoencoder.py`) for the files; diffusers
+(`transformer_flux.py`, `autoencoder_kl.py`) and transformers (`modeling_clip.py`, `modeling_t5.py`) for the modules.
+"""
+
+from library.checkpoint.keymap import Drop, Fuse, KeyMap, Pointwise, Rename, Rule, SwapHalves
+
+_DOUBLE, _DOUBLE_MODULE = "double_blocks.{i}", "transformer_blocks.{i}"
+_SINGLE, _SINGLE_MODULE = "single_blocks.{i}", "single_transformer_blocks.{i}"
+
+
+def _embedder(original: str, module: str) -> tuple[Rule, ...]:
+    return (Rename(f"{original}.in_layer.{{leaf}}", f"time_text_embed.{module}.linear_1.{{leaf}}"),
+            Rename(f"{original}.out_layer.{{leaf}}", f"time_text_embed.{module}.linear_2.{{leaf}}"))
+
+
+# flux1-dev and flux1-schnell. Only dev's module has a guidance embedder, so its rules act on dev alone.
+TRANSFORMER = KeyMap((
+    Rename("img_in.{leaf}", "x_embedder.{leaf}"),
+    Rename("txt_in.{leaf}", "context_embedder.{leaf}"),
+    *_embedder("time_in", "timestep_embedder"),
+    *_embedder("vector_in", "text_embedder"),
+    *_embedder("guidance_in", "guidance_embedder"),
+
+    Rename(f"{_DOUBLE}.img_mod.lin.{{leaf}}", f"{_DOUBLE_MODULE}.norm1.linear.{{leaf}}"),
+    Rename(f"{_DOUBLE}.txt_mod.lin.{{leaf}}", f"{_DOUBLE_MODULE}.norm1_context.linear.{{leaf}}"),
+    Fuse(f"{_DOUBLE}.img_attn.qkv.{{leaf}}",
+         tuple(f"{_DOUBLE_MODULE}.attn.{name}.{{leaf}}" for name in ("to_q", "to_k", "to_v"))),
+    Fuse(f"{_DOUBLE}.txt_attn.qkv.{{leaf}}",
+         tuple(f"{_DOUBLE_MODULE}.attn.{name}.{{leaf}}" for name in ("add_q_proj", "add_k_proj", "add_v_proj"))),
+    Rename(f"{_DOUBLE}.img_attn.norm.query_norm.scale", f"{_DOUBLE_MODULE}.attn.norm_q.weight"),
+    Rename(f"{_DOUBLE}.img_attn.norm.key_norm.scale", f"{_DOUBLE_MODULE}.attn.norm_k.weight"),
+    Rename(f"{_DOUBLE}.txt_attn.norm.query_norm.scale", f"{_DOUBLE_MODULE}.attn.norm_added_q.weight"),
+    Rename(f"{_DOUBLE}.txt_attn.norm.key_norm.scale", f"{_DOUBLE_MODULE}.attn.norm_added_k.weight"),
+    Rename(f"{_DOUBLE}.img_attn.proj.{{leaf}}", f"{_DOUBLE_MODULE}.attn.to_out.0.{{leaf}}"),
+    Rename(f"{_DOUBLE}.txt_attn.proj.{{leaf}}", f"{_DOUBLE_MODULE}.attn.to_add_out.{{leaf}}"),
+    Rename(f"{_DOUBLE}.img_mlp.0.{{leaf}}", f"{_DOUBLE_MODULE}.ff.net.0.proj.{{leaf}}"),
+    Rename(f"{_DOUBLE}.img_mlp.2.{{leaf}}", f"{_DOUBLE_MODULE}.ff.net.2.{{leaf}}"),
+    Rename(f"{_DOUBLE}.txt_mlp.0.{{leaf}}", f"{_DOUBLE_MODULE}.ff_context.net.0.proj.{{leaf}}"),
+    Rename(f"{_DOUBLE}.txt_mlp.2.{{leaf}}", f"{_DOUBLE_MODULE}.ff_context.net.2.{{leaf}}"),
+
+    Rename(f"{_SINGLE}.modulation.lin.{{leaf}}", f"{_SINGLE_MODULE}.norm.linear.{{leaf}}"),
+    Fuse(f"{_SINGLE}.linear1.{{leaf}}",
+         tuple(f"{_SINGLE_MODULE}.{name}.{{leaf}}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))),
+    Rename(f"{_SINGLE}.linear2.{{leaf}}", f"{_SINGLE_MODULE}.proj_out.{{leaf}}"),
+    Rename(f"{_SINGLE}.norm.query_norm.scale", f"{_SINGLE_MODULE}.attn.norm_q.weight"),
+    Rename(f"{_SINGLE}.norm.key_norm.scale", f"{_SINGLE_MODULE}.attn.norm_k.weight"),
+
+    # BFL's last layer computes (shift, scale), diffusers' AdaLayerNormContinuous (scale, shift).
+    SwapHalves("final_layer.adaLN_modulation.1.{leaf}", "norm_out.linear.{leaf}"),
+    Rename("final_layer.linear.{leaf}", "proj_out.{leaf}"),
+))
+
+
+def _resnet(original: str, module: str) -> tuple[Rule, ...]:
+    # norms and convolutions are numbered the same on both sides
+    return (Rename(f"{original}.norm{{n}}.{{leaf}}", f"{module}.norm{{n}}.{{leaf}}"),
+            Rename(f"{original}.conv{{n}}.{{leaf}}", f"{module}.conv{{n}}.{{leaf}}"))
+
+
+def _attention(original: str, module: str) -> tuple[Rule, ...]:
+    pairs = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
+    return (Rename(f"{original}.norm.{{leaf}}", f"{module}.group_norm.{{leaf}}"),
+            *(Pointwise(f"{original}.{file}.weight", f"{module}.{name}.weight") for file, name in pairs),
+            *(Rename(f"{original}.{file}.bias", f"{module}.{name}.bias") for file, name in pairs))
+
+
+def _half(side: str) -> tuple[Rule, ...]:
+    """The rules that the autoencoder's encoder and decoder share."""
+    return (*_resnet(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0"),
+            *_attention(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0"),
+            *_resnet(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1"),
+            Rename(f"{side}.norm_out.{{leaf}}", f"{side}.conv_norm_out.{{leaf}}"),
+            Rename(f"{side}.conv_in.{{leaf}}", f"{side}.conv_in.{{leaf}}"),
+            Rename(f"{side}.conv_out.{{leaf}}", f"{side}.conv_out.{{leaf}}"))
+
+
+# ae.safetensors. The file counts the decoder's levels from the finest, diffusers from the coarsest.
+AUTOENCODER = KeyMap((
+    *_resnet("encoder.down.{i}.block.{j}", "encoder.down_blocks.{i}.resnets.{j}"),
+    Rename("encoder.down.{i}.block.{j}.nin_shortcut.{leaf}", "encoder.down_blocks.{i}.resnets.{j}.conv_shortcut.{leaf}"),
+    Rename("encoder.down.{i}.downsample.conv.{leaf}", "encoder.down_blocks.{i}.downsamplers.0.conv.{leaf}"),
+    *_resnet("decoder.up.{~i}.block.{j}", "decoder.up_blocks.{i}.resnets.{j}"),
+    Rename("decoder.up.{~i}.block.{j}.nin_shortcut.{leaf}", "decoder.up_blocks.{i}.resnets.{j}.conv_shortcut.{leaf}"),
+    Rename("decoder.up.{~i}.upsample.conv.{leaf}", "decoder.up_blocks.{i}.upsamplers.0.conv.{leaf}"),
+    *_half("encoder"),
+    *_half("decoder"),
+))
+
+# What CLIP files carry beside the text tower: the projection, the other tower, and a fixed count 0..76.
+_CLIP_EXTRAS = (Drop("text_projection.weight"), Drop("text_projection"), Drop("logit_scale"), Drop("vision_model.{rest}"),
+                Drop("visual_projection.weight"), Drop("text_model.embeddings.position_ids"), Drop("embeddings.position_ids"))
+
+# clip_l.safetensors and text_encoder/ of diffusers folders. transformers 5 dropped the module's `text_model.`, files keep it.
+CLIP_L = KeyMap((Rename("text_model.{rest}", "text_model.{rest}"), Rename("text_model.{rest}", "{rest}"), *_CLIP_EXTRAS))
+# The same module saved by transformers 5 without the prefix.
+CLIP_L_FLAT = KeyMap((Rename("{rest}", "text_model.{rest}"), Rename("{rest}", "{rest}"), *_CLIP_EXTRAS))
+
+# t5xxl files hold the tied embedding under either name or, commonly, under both. Some are the whole encoder-decoder.
+T5 = KeyMap((
+    Rename("shared.weight", "shared.weight", also=("encoder.embed_tokens.weight",)),
+    Rename("encoder.{rest}", "encoder.{rest}"),
+    Drop("decoder.{rest}"), Drop("lm_head.weight"), Drop("logit_scale"), Drop("spiece_model"),
+))

@@ -1,0 +1,73 @@
+"""The process group, the device, precision and seeds: the only module that touches global state of torch."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how this process computes. ``compute_dtype`` is the dtype of matrix products under autocast."""
+
+    accelerator: Accelerator
+    device: torch.device
+    rank: int
+    world_size: int
+    compute_dtype: torch.dtype
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision for one forward pass; nothing at all in float32."""
+        if self.compute_dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def replicate(self, module: nn.Module) -> nn.Module:
+        """DistributedDataParallel around ``module`` when there are several processes, else ``module`` itself."""
+        return self.accelerator.prepare_model(module) if self.world_size > 1 else module
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager:
+        """Skip the exchange of gradients: for all but the last micro-batch of a step."""
+        return module.no_sync() if self.world_size > 1 else nullcontext()
+
+    def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(value, reduction="sum") if self.world_size > 1 else value
+
+    def any_rank(self, flag: bool) -> bool:
+        """True everywhere as soon as one rank says so (ranks must agree on when to stop)."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum_over_ranks(torch.tensor([float(flag)], device=self.device)).item())
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def open_runtime(mixed_precision: str, seed: int) -> Runtime:
+    """Join the process group that the launcher prepared, pick the device, seed torch, numpy and random.
+
+    accelerate is used for launch, devices and replication. Autocast, accumulation and the order of samples are ours:
+    they must be the same for every launcher and exact after a resume.
+    """
+    from accelerate.utils import set_seed
+
+    accelerator = Accelerator(mixed_precision="no")
+    set_seed(seed)
+    return Runtime(accelerator, accelerator.device, accelerator.process_index, accelerator.num_processes, DTYPES[mixed_precision])
+
+
+def launcher_is_gone(parent: int = os.getppid()) -> bool:
+    """True once the process that started this one has died (``accelerate launch`` does not pass signals on)."""
+    return os.name != "nt" and os.getppid() != parent

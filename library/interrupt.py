@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM end a run after the step in progress, with everything saved; a second Ctrl-C ends it at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+# SIGBREAK is Ctrl-Break on Windows; SIGHUP is a closed terminal elsewhere.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
+
+
+@dataclass
+class StopRequest:
+    """``requested`` is read by the loop after every step; ``signal_name`` is the signal that came first."""
+
+    signal_name: str | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signal_name is not None
+
+
+@contextmanager
+def stop_requested() -> Iterator[StopRequest]:
+    """Inside the block signals only set a flag. The handlers from before are put back at its end.
+
+    A second Ctrl-C raises KeyboardInterrupt where the program stands. SIGTERM and SIGHUP never do: launchers and job
+    schedulers may send them again, or send one after passing on a Ctrl-C. Outside the main thread, where Python has no signals,
+    nothing is installed.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def handle(number: int, _frame) -> None:
+        if request.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        request.signal_name = signal.Signals(number).name
+        sys.stderr.write(f"\n{request.signal_name}: finishing this step, then saving (Ctrl-C again stops at once)\n")
+
+    # A signal that was ignored from the start (nohup) stays ignored.
+    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

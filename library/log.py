@@ -1,0 +1,90 @@
+"""What a run says: console messages from the first rank, a progress bar, trackers, and a CSV of every step."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+LOGGER_NAME = "kiln"
+log = logging.getLogger(LOGGER_NAME)
+
+CSV_FIELDS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "images_per_second", "peak_bytes")
+
+
+def setup_logging(level: str, file: Path | None, simple: bool, is_main: bool) -> None:
+    """Messages of the first rank go to ``file`` or stderr; other ranks speak from level ERROR on."""
+    handler: logging.Handler = logging.FileHandler(file, encoding="utf-8") if file else _TqdmHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    for old in list(log.handlers):
+        log.removeHandler(old)
+        old.close()
+    log.addHandler(handler)
+    log.propagate = False
+    for library in ("transformers", "diffusers", "bitsandbytes", "accelerate", "torch.distributed"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # what they advise is not for the users of a script
+    log.setLevel(level if is_main else logging.ERROR)
+
+
+class _TqdmHandler(logging.Handler):
+    """Prints above a running progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class Progress:
+    """Loss, speed, memory and time left: a bar on a terminal, a line every half minute in a log file."""
+
+    def __init__(self, total_steps: int, first_step: int, visible: bool):
+        self.total, self.visible = total_steps, visible
+        self.terminal = visible and sys.stderr.isatty()
+        self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True,
+                        disable=not self.terminal, smoothing=0.1)
+        self.first_step, self.started, self.spoke = first_step, time.monotonic(), time.monotonic()
+        self.mean_loss: float | None = None
+
+    def update(self, step: int, loss: float, seconds: float, images: int, peak_bytes: int) -> None:
+        """After step number ``step`` (counted from 1) of ``images`` pictures over all ranks."""
+        self.mean_loss = loss if self.mean_loss is None else 0.95 * self.mean_loss + 0.05 * loss
+        facts = (f"loss {self.mean_loss:.4f}, {seconds:.3g} s/step, {images / max(seconds, 1e-9):.3g} images/s, "
+                 f"peak {peak_bytes / 2**30:.2f} GiB")
+        if self.terminal:
+            self.bar.set_postfix_str(facts, refresh=False)
+            self.bar.update(step - self.bar.n)
+            return
+        now = time.monotonic()
+        if self.visible and (now - self.spoke > 30 or step in (self.first_step + 1, self.total)):
+            self.spoke = now
+            left = (now - self.started) / max(1, step - self.first_step) * (self.total - step)
+            log.info("step %d/%d: %s, %s left", step, self.total, facts, tqdm.format_interval(left))
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class StepLog:
+    """One CSV row per step, flushed as it is written; a file of the same name from an earlier run is started anew."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.file = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("w", newline="", encoding="utf-8", buffering=1)
+            self.rows = csv.DictWriter(self.file, CSV_FIELDS)
+            self.rows.writeheader()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if self.file is not None:
+            self.rows.writerow({name: row.get(name, "") for name in CSV_FIELDS})
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()

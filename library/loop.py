@@ -1,0 +1,115 @@
+"""The training loop: batches in, steps out. Reads top to bottom; knows no model and no file format."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from library.architectures.base import Architecture
+from library.data.bucket import StepPlan
+from library.data.dataset import Batch, TrainingData, batches
+from library.dist import Runtime, launcher_is_gone
+from library.encode import Encoded
+from library.errors import UserError
+from library.interrupt import StopRequest
+from library.memory.report import peak_bytes
+from library.objectives.flow import Flow
+from library.objectives.loss import mean
+from library.optim.updater import NonFinite, StepAfterBackward, UpdateInfo
+from library.step import training_losses
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a step needs."""
+
+    runtime: Runtime
+    arch: Architecture
+    denoiser: nn.Module  # as it is called: replicated when there are several processes
+    objective: Flow
+    updater: StepAfterBackward
+    encoded: Encoded
+    data: TrainingData
+    plan: StepPlan
+    seed: int
+    first_step: int
+    total_steps: int
+    workers: int
+    scaler: torch.amp.GradScaler | None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One finished optimizer step, numbered from 1. ``loss`` is the mean over the step's samples on all ranks."""
+
+    step: int
+    epoch: int
+    epoch_ended: bool
+    loss: float
+    update: UpdateInfo
+    samples: int
+    seconds: float
+    peak_bytes: int
+
+
+def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None]) -> int:
+    """Run until ``total_steps`` or until ``stop`` is requested. Returns the number of steps done, first_step included.
+
+    Raises UserError for a loss or gradient that is not finite, before the weights have taken it.
+    """
+    done = task.first_step
+    started = time.perf_counter()
+    groups = batches(task.data, task.plan, task.runtime.rank, task.first_step, task.total_steps, task.workers)
+    with closing(groups):
+        for group in groups:
+            losses = [_backward(task, batch, group.step, group.real_samples, last=index == len(group.micro) - 1)
+                      for index, batch in enumerate(group.micro)]
+            try:
+                update = task.updater.after_backward(group.step, task.total_steps, True, task.scaler)
+            except NonFinite as error:
+                raise _not_finite(group.step + 1, losses, group.micro) or error from error
+            loss = task.runtime.sum_over_ranks(torch.stack([part.sum() for part in losses]).sum()).item() / group.real_samples
+            if not math.isfinite(loss) and not update.skipped:
+                raise _not_finite(group.step + 1, losses, group.micro)
+            done = group.step + 1
+            now = time.perf_counter()
+            after_step(StepReport(done, group.epoch, done % task.plan.steps_per_epoch == 0, loss, update,
+                                  group.real_samples, now - started, peak_bytes(task.runtime.device)))
+            started = time.perf_counter()
+            if task.runtime.any_rank(stop.requested or launcher_is_gone()):
+                break
+    return done
+
+
+def _backward(task: Task, batch: Batch, step: int, samples: int, last: bool) -> torch.Tensor:
+    """Losses (B,) of one micro-batch, detached; its gradients are added to what is there.
+
+    Each micro-batch counts by its samples, not as one of several equal parts, so that 1x4 and 4x1 give the same step.
+    """
+    runtime = task.runtime
+    latents, text = task.encoded.batch(batch)
+    weight = batch.weight.to(runtime.device, non_blocking=True)
+    # DistributedDataParallel decides in the forward pass whether this backward exchanges gradients.
+    with nullcontext() if last else runtime.no_sync(task.denoiser):
+        with runtime.autocast():
+            losses = training_losses(task.arch, task.denoiser, task.objective, latents, text, weight, batch.sample_ids, task.seed, step)
+        # It averages gradients over ranks; the loss is a mean over all their samples, hence the factor.
+        total = mean(losses, torch.ones_like(losses), samples) * runtime.world_size
+        (task.scaler.scale(total) if task.scaler is not None else total).backward()
+    return losses.detach()
+
+
+def _not_finite(step: int, losses: list[torch.Tensor], micro: tuple[Batch, ...]) -> UserError | None:
+    """The error that names the pictures whose loss is NaN or infinite; None when every loss is finite."""
+    names = [path for part, batch in zip(losses, micro) for value, path in zip(part.tolist(), batch.paths) if not math.isfinite(value)]
+    if not names:
+        return None
+    return UserError(f"the loss is NaN or infinite for {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}", place=f"step {step}",
+                     remedy="lower --learning_rate or raise --lr_warmup_steps, and look at these pictures and captions; "
+                            "the weights of this step were not saved, earlier files are untouched")

@@ -1,0 +1,49 @@
+"""The randomness of one optimizer step: every row a function of (seed, step, sample id) and of nothing else.
+
+So a sample gets the same noise and level whatever the batch it sits in, the rank, the number of workers, the device or the
+steps that came before: resuming needs no stored generator, and accumulation or more GPUs change no draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """``noise`` (B, C, h, w) of N(0, 1); ``uniform`` (B,) of U[0, 1) and ``normal`` (B,) of N(0, 1) for the level. float32."""
+
+    noise: Tensor
+    uniform: Tensor
+    normal: Tensor
+
+
+def draw(seed: int, step: int, sample_ids: Sequence[str], shape: tuple[int, int, int],
+         device: torch.device | str = "cpu") -> Draws:
+    """Draws for one batch; ``shape`` is (C, h, w) of a latent.
+
+    The two numbers of the level come first in each row's stream, so that they do not depend on ``shape``.
+    numpy's Philox is used instead of torch's CPU generator: its key has 128 bits (torch keeps 32 bits of a seed), it is
+    cheap to construct, and its normals do not depend on the vector instructions of the machine.
+    """
+    count = len(sample_ids)
+    noise = np.empty((count, *shape), dtype=np.float32)
+    uniform = np.empty(count, dtype=np.float32)
+    normal = np.empty(count, dtype=np.float32)
+    for row, sample_id in enumerate(sample_ids):
+        stream = _stream(seed, step, sample_id)
+        uniform[row] = stream.random(dtype=np.float32)
+        normal[row] = stream.standard_normal(dtype=np.float32)
+        stream.standard_normal(out=noise[row], dtype=np.float32)
+    return Draws(*(torch.from_numpy(array).to(device) for array in (noise, uniform, normal)))
+
+
+def _stream(seed: int, step: int, sample_id: str) -> np.random.Generator:
+    key = hashlib.blake2b(f"{seed}/{step}/{sample_id}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))

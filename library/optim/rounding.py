@@ -1,0 +1,111 @@
+"""Training bfloat16 weights under any optimizer: float32 arithmetic, and stochastic rounding of the result.
+
+A bfloat16 weight has 8 bits of precision, so most updates are smaller than half its spacing and rounding to nearest loses
+them all. Rounding up with a probability equal to the distance covered keeps the mean exact (Gupta et al. 2015, "Deep
+Learning with Limited Numerical Precision"; Zamirai et al. 2020, "Revisiting BFloat16 Training").
+
+The optimizer is built over float32 stand-ins that have the shape of the weights but no memory. At each step they are filled,
+a bounded number of bytes at a time, from weights and gradients; the optimizer steps; the result is rounded back. So every
+optimizer sees float32 parameters and makes float32 state, and the model's own parameters are never replaced (a change of
+their dtype would cut them from the hooks that DistributedDataParallel keeps on them).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from library.optim.groups import Group
+
+CHUNK_BYTES = 256 * 1024**2
+_ROUND_ELEMENTS = 16 * 1024**2  # random integers drawn at a time: 64 MB
+
+
+class StochasticRounding:
+    """Stand-ins for the bfloat16 parameters of ``groups``, and the step that goes through them.
+
+    Give ``.groups`` to ``table.build``. ``chunk_bytes`` bounds the float32 copies of weights that exist at a time (as much
+    again for their gradients); a single parameter larger than that is a chunk of its own. Parameters of other dtypes are
+    stepped as they are. With the same ``seed`` all ranks round alike, so replicas stay equal.
+    """
+
+    def __init__(self, groups: Sequence[Group], seed: int, chunk_bytes: int = CHUNK_BYTES):
+        self._seed = seed
+        self._lifted: list[tuple[int, Parameter, Parameter]] = []  # (index over all parameters, weight, its stand-in)
+        self._plain: list[Parameter] = []
+        self._chunk_bytes = chunk_bytes
+        self.groups = tuple(Group(g.name, tuple((n, self._stand_in(p)) for n, p in g.params), g.learning_rate) for g in groups)
+
+    def _stand_in(self, parameter: Parameter) -> Parameter:
+        if parameter.dtype != torch.bfloat16:
+            self._plain.append(parameter)
+            return parameter
+        stand_in = Parameter(_memoryless(parameter))
+        self._lifted.append((len(self._lifted) + len(self._plain), parameter, stand_in))
+        return stand_in
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """One optimizer step from the gradients of the weights, which are given up (set to None) on the way.
+
+        The rounding is a function of (seed, ``step``, index of the parameter): a resumed run repeats it.
+        """
+        if any(parameter.grad is not None for parameter in self._plain):
+            optimizer.step()
+            for parameter in self._plain:  # or the calls below would step them again
+                parameter.grad = None
+        for chunk in self._chunks():
+            for _, weight, stand_in in chunk:
+                stand_in.data = weight.detach().float()
+                stand_in.grad = weight.grad.float()
+                weight.grad = None
+            optimizer.step()
+            for index, weight, stand_in in chunk:
+                round_stochastically(stand_in.detach(), weight.detach(), _generator(self._seed, step, index, weight.device))
+                stand_in.grad = None
+                stand_in.data = _memoryless(weight)
+
+    def _chunks(self) -> Iterator[list[tuple[int, Parameter, Parameter]]]:
+        chunk: list[tuple[int, Parameter, Parameter]] = []
+        chunk_bytes = 0
+        for entry in self._lifted:
+            if entry[1].grad is None:
+                continue
+            entry_bytes = 4 * entry[1].numel()
+            if chunk and chunk_bytes + entry_bytes > self._chunk_bytes:
+                yield chunk
+                chunk, chunk_bytes = [], 0
+            chunk.append(entry)
+            chunk_bytes += entry_bytes
+        if chunk:
+            yield chunk
+
+
+def round_stochastically(source: Tensor, target: Tensor, generator: torch.Generator) -> None:
+    """Write float32 ``source`` into bfloat16 ``target`` of the same shape, rounding up or down at random with the exact mean.
+
+    bfloat16 is the upper half of a float32: a random 16-bit integer is added to the lower half, which carries into the upper
+    half with the probability wanted, and the lower half is cleared. NaN and infinity pass unchanged: the carry could turn a NaN
+    into a zero. ``generator`` lives on the device of the tensors.
+    """
+    if source.ndim == 0:
+        source, target = source.unsqueeze(0), target.unsqueeze(0)
+    rows = max(1, _ROUND_ELEMENTS * len(source) // max(1, source.numel()))
+    for part, out in zip(source.split(rows), target.split(rows), strict=True):
+        carry = torch.empty_like(part, dtype=torch.int32).random_(0, 1 << 16, generator=generator)
+        rounded = carry.add_(part.view(torch.int32)).bitwise_and_(-1 << 16).view(torch.float32)
+        out.copy_(torch.where(part.isfinite(), rounded, part))
+
+
+def _memoryless(parameter: Tensor) -> Tensor:
+    """float32 of the same shape on the same device over a single number of storage."""
+    return torch.zeros((), dtype=torch.float32, device=parameter.device).expand(parameter.shape)
+
+
+def _generator(seed: int, step: int, index: int, device: torch.device) -> torch.Generator:
+    digest = hashlib.blake2b(f"round/{seed}/{step}/{index}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))

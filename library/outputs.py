@@ -1,0 +1,135 @@
+"""Everything a run leaves on disk besides its caches: checkpoints, previews, logs, curves, the resolved configuration."""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from library import preview
+from library.architectures.base import Architecture
+from library.atomic import write_atomic
+from library.checkpoint.metadata import modelspec, thumbnail_url
+from library.config.parse import Config, to_toml
+from library.dist import Runtime
+from library.encode import Encoded
+from library.log import Progress, StepLog, log
+from library.loop import StepReport
+from library.plots import write_loss_curve
+from library.prompts import Prompt
+from library.saving import Saver
+from library.trackers import open_tracker, public_settings
+
+STORED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Outputs:
+    """Decides after each step what is due and writes it, on the first rank; the others wait. A context manager."""
+
+    def __init__(self, config: Config, runtime: Runtime, arch: Architecture, method: ModuleType, denoiser: nn.Module, encoded: Encoded,
+                 prompts: tuple[Prompt, ...], resolution: tuple[int, int], *, total_steps: int, steps_per_epoch: int):
+        self.config, self.runtime, self.arch, self.method = config, runtime, arch, method
+        self.denoiser, self.encoded, self.prompts, self.resolution = denoiser, encoded, prompts, resolution
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        saving = config.saving
+        self.folder: Path = saving.output_dir
+        self.name = saving.output_name
+        self.saver = Saver(
+            self.folder, self.name, total_epochs=math.ceil(total_steps / steps_per_epoch), write=self._write,
+            every_n_steps=saving.save_every_n_steps, every_n_epochs=saving.save_every_n_epochs, n_epoch_ratio=saving.save_n_epoch_ratio,
+            last_n_steps=saving.save_last_n_steps, last_n_epochs=saving.save_last_n_epochs, protected=self._inputs(),
+        )
+        main = runtime.is_main
+        if main:
+            write_atomic(self.folder / f"{self.name}_config.toml", to_toml(config))
+        self.step_log = StepLog(self.folder / f"{self.name}_log.csv" if main else None)
+        self.tracker = open_tracker(config.logging, public_settings(config) if config.logging.log_config else None, main)
+        self.progress = Progress(total_steps, 0, main)
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.progress.close()
+        self.step_log.close()
+        self.tracker.close()
+
+    def before_training(self) -> None:
+        """Previews of the untrained model, when asked for."""
+        self._preview(step=0, epoch=0, epoch_ended=False, at_first=self.config.sampling.sample_at_first)
+
+    def after_step(self, report: StepReport) -> None:
+        """Log, save and draw what is due after one optimizer step."""
+        self.progress.update(report.step, report.loss, report.seconds, report.samples, report.peak_bytes)
+        values = {"loss": report.loss, "learning_rate": report.update.learning_rate, "grad_norm": report.update.grad_norm,
+                  "seconds": report.seconds, "images_per_second": report.samples / report.seconds, "peak_bytes": report.peak_bytes}
+        self.step_log.write({"step": report.step, "epoch": report.epoch + 1, **values})
+        self.tracker.write(report.step, values)
+        if self.runtime.is_main:
+            self.saver.after_step(report.step, report.epoch + 1)
+            if report.epoch_ended:
+                self.saver.after_epoch(report.epoch + 1, report.step)
+        self._preview(report.step, report.epoch + 1, report.epoch_ended)
+
+    def finish(self, done: int, signal_name: str | None) -> None:
+        """The final file or, when training was stopped early, a file of the last complete step; then the loss curve."""
+        if not self.runtime.is_main:
+            return
+        self.progress.close()
+        epoch = math.ceil(done / self.steps_per_epoch)
+        if done == self.total_steps:
+            self.saver.final(done, epoch)
+        else:
+            saved = self.saver.emergency(done, epoch)
+            log.warning("stopped by %s after step %d of %d; %s", signal_name or "the end of its launcher", done, self.total_steps,
+                        f"the weights are in {saved}" if saved else "nothing had been trained yet")
+        curve = self.folder / f"{self.name}_loss.png"
+        if write_loss_curve(self.folder / f"{self.name}_log.csv", curve, self.name):
+            self.tracker.picture(done, curve)
+            log.info("loss curve: %s", curve)
+
+    def _preview(self, step: int, epoch: int, epoch_ended: bool, at_first: bool = False) -> None:
+        sampling = self.config.sampling
+        if not self.prompts or not preview.due(step, epoch, epoch_ended, every_n_steps=sampling.sample_every_n_steps,
+                                               every_n_epochs=sampling.sample_every_n_epochs, at_first=at_first):
+            return
+        if self.runtime.is_main:
+            vae = self.encoded.vae.to(self.runtime.device)
+            texts = self.encoded.prompts
+
+            def draw(prompt: Prompt, _index: int):
+                return self.arch.sample(self.denoiser, vae, prompt, texts[prompt.text], texts[prompt.negative])
+
+            self.denoiser.eval()
+            rendered = preview.render_all(self.prompts, draw, self.folder / "sample", self.name, step)
+            self.denoiser.train()
+            if self.encoded.latents is not None:
+                vae.to("cpu")  # its device memory belongs to training again
+            self.tracker.picture(step, rendered.sheet)
+            log.info("previews of step %d: %s", step, rendered.sheet)
+        self.runtime.wait()
+
+    def _write(self, path: Path, info: dict) -> None:
+        """One checkpoint file, with metadata that is true of it."""
+        started, saving, fields = time.monotonic(), self.config.saving, self.config.metadata
+        metadata = {}
+        if not fields.no_metadata:
+            metadata = modelspec(
+                **self.arch.modelspec(), title=fields.metadata_title or self.name, resolution=self.resolution, date=datetime.now(),
+                author=fields.metadata_author, description=fields.metadata_description, license=fields.metadata_license,
+                tags=fields.metadata_tags, usage_hint=fields.metadata_usage_hint, thumbnail=thumbnail_url(fields.metadata_thumbnail) if fields.metadata_thumbnail else None,
+                merged_from=fields.metadata_merged_from, trigger_phrase=fields.metadata_trigger_phrase,
+                extra={"ss_steps": str(info["step"]), "ss_epoch": str(info["epoch"])},
+            )
+        self.method.export(self.arch, self.denoiser, path, STORED[saving.stored_dtype(self.config.weights_dtype)], metadata)
+        log.info("saved %s (%.2f GB in %.1f s)", path, path.stat().st_size / 1e9, time.monotonic() - started)
+
+    def _inputs(self) -> tuple[Path, ...]:
+        """What retention must never delete, should the input lie in the output folder under one of its names."""
+        path = Path(str(self.config.model.pretrained_model_name_or_path))
+        return (path,) if path.exists() else ()

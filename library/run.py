@@ -1,0 +1,151 @@
+"""A training run from configuration to files, in order: data plan, caches, weights, optimizer, loop, export.
+
+The first part needs no torch, so that a dataset mistake costs a second; heavy modules are imported where they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.config.parse import Config, Entry
+from library.data import bucket, scan, spec
+from library.interrupt import stop_requested
+from library.log import log, setup_logging
+from library.optim import schedule, table
+from library.prompts import Prompt, parse_prompts, with_seeds
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.architectures.base import Architecture
+    from library.dist import Runtime
+    from library.encode import Encoded
+    from library.loop import Task
+    from library.optim.groups import Group
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """Everything known about the data before a weight is read."""
+
+    specs: tuple[spec.DatasetSpec, ...]
+    items: tuple[scan.Item, ...]
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return [dataset.batch_size for dataset in self.specs]
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """(width, height) of the dataset with the largest area: what the file's metadata states."""
+        return max((dataset.resolution for dataset in self.specs), key=lambda size: size[0] * size[1])
+
+
+def run(entry: Entry, config: Config) -> None:
+    """Train as ``config`` says. Raises UserError for everything the user can mend."""
+    started = time.monotonic()
+    general = config.general
+    setup_logging(general.console_log_level, general.console_log_file, general.console_log_simple, os.environ.get("RANK", "0") == "0")
+    for note in config.notes:
+        log.info(note)
+    optimizer = config.optimizer
+    table.find(optimizer.optimizer_type)
+    data = read_data(config)
+    table.check(optimizer.optimizer_type, optimizer.optimizer_args)  # tries it out, which takes torch
+    with stop_requested() as stop:
+        arch = importlib.import_module(entry.architecture).open_architecture(config.model, config.architecture)
+        method = importlib.import_module(entry.method)
+        for line in arch.describe().splitlines():
+            log.info(line)
+
+        from library.dist import open_runtime
+        from library.encode import encode_all
+        from library.loop import train
+        from library.outputs import Outputs
+
+        runtime = open_runtime(config.precision.mixed_precision, general.seed)
+        plan = bucket.StepPlan(data.items, batch_sizes=data.batch_sizes, seed=general.seed, world_size=runtime.world_size,
+                               accumulation=config.training.gradient_accumulation_steps)
+        total_steps = count_steps(config, plan.steps_per_epoch)
+        course = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
+        encoded = encode_all(arch, runtime, config.caching, data.items, max(data.batch_sizes), data.prompts)
+        denoiser = arch.load_denoiser(runtime.device, weights_dtype(config))
+        groups = method.prepare(denoiser, optimizer.learning_rate)
+        task = build_task(config, runtime, arch, denoiser, groups, encoded, data, plan, course, total_steps)
+        with Outputs(config, runtime, arch, method, denoiser, encoded, data.prompts, data.resolution,
+                     total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch) as outputs:
+            log.info("%d pictures, %d steps an epoch, %d steps in all; ready after %.1f s",
+                     len(data.items), plan.steps_per_epoch, total_steps, time.monotonic() - started)
+            outputs.before_training()
+            done = 0 if stop.requested else train(task, stop, outputs.after_step)
+            outputs.finish(done, stop.signal_name)
+
+
+def read_data(config: Config) -> DataPlan:
+    """Dataset file, pictures' headers, captions and preview prompts."""
+    step = config.architecture.latent.pixel_step
+    specs = spec.load(config.dataset.dataset_config, config.dataset, step)
+    items = scan.scan(specs)
+    for line in bucket.report(items):
+        log.info(line)
+    prompts: tuple[Prompt, ...] = ()
+    if config.sampling.sample_prompts is not None and config.sampling.scheduled:
+        parsed = parse_prompts(config.sampling.sample_prompts, step)
+        for note in parsed.notes:
+            log.info(note)
+        prompts = with_seeds(parsed.prompts)
+    return DataPlan(specs, items, prompts)
+
+
+def count_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run: ``--max_train_epochs`` wins over ``--max_train_steps``."""
+    epochs = config.training.max_train_epochs
+    return epochs * steps_per_epoch if epochs else config.training.max_train_steps
+
+
+def weights_dtype(config: Config) -> torch.dtype:
+    """The dtype in which trained weights are kept."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.weights_dtype]
+
+
+def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: torch.nn.Module, groups: list[Group], encoded: Encoded,
+               data: DataPlan, plan: bucket.StepPlan, course: schedule.Schedule, total_steps: int) -> Task:
+    """Recompute, optimizer and objective around the loaded denoiser: all that a step needs."""
+    import torch
+
+    from library.data.dataset import TrainingData
+    from library.loop import Task
+    from library.memory.recompute import Recompute
+    from library.objectives.flow import Flow
+    from library.optim import rounding, updater
+
+    options, seed = config.optimizer, config.general.seed
+    for group in groups:
+        log.info("training %s: %.1f M parameters in %s, learning rate %g", group.name, sum(p.numel() for _, p in group.params) / 1e6,
+                 str(group.params[0][1].dtype).removeprefix("torch."), group.learning_rate)
+    if config.memory.gradient_checkpointing:
+        Recompute(arch.blocks(denoiser))
+    rounded = rounding.StochasticRounding(groups, seed) if weights_dtype(config) is torch.bfloat16 else None
+    optimizer = table.build(options.optimizer_type, options.optimizer_args, rounded.groups if rounded else groups, options.learning_rate)
+    return Task(
+        runtime=runtime,
+        arch=arch,
+        denoiser=runtime.replicate(denoiser),
+        objective=Flow(config.objective),
+        updater=updater.StepAfterBackward(optimizer, groups, course, options.max_grad_norm, rounded),
+        encoded=encoded,
+        data=TrainingData(data.items, latents=encoded.latents, text=encoded.text),
+        plan=plan,
+        seed=seed,
+        first_step=0,
+        total_steps=total_steps,
+        workers=config.dataset.workers(everything_cached=encoded.latents is not None),
+        scaler=torch.amp.GradScaler(runtime.device.type) if config.precision.mixed_precision == "fp16" else None,
+    )

@@ -1,0 +1,267 @@
+"""The key maps: exact both ways, equal to diffusers' and transformers' own conversions, and to the files people have."""
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers, convert_ldm_vae_checkpoint
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from library.checkpoint.export import carry, export_module
+from library.checkpoint.flux_keys import AUTOENCODER, CLIP_L, CLIP_L_FLAT, T5, TRANSFORMER
+from library.checkpoint.header import TensorInfo
+from library.checkpoint.keymap import KeyMap, best_fit, identity, module_shapes
+from library.checkpoint.reader import Source, build_on_meta, load_module, match_names, open_source
+from library.checkpoint.writer import write_safetensors
+
+LAYOUTS = Path(__file__).parent.parent / "data" / "layouts"
+T5_SIZES = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 40}
+CLIP_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40,
+              "bos_token_id": 0, "eos_token_id": 1}
+CLIP_FULL = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+T5_FULL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
+TINY_FLUX = {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "in_channels": 4,
+             "joint_attention_dim": 12, "pooled_projection_dim": 10, "axes_dims_rope": (2, 2, 4)}
+
+
+def autoencoder(channels=(128, 256, 512, 512), layers=2, groups=32):
+    depth = len(channels)
+    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * depth, up_block_types=("UpDecoderBlock2D",) * depth,
+                         block_out_channels=channels, layers_per_block=layers, latent_channels=16, norm_num_groups=groups,
+                         use_quant_conv=False, use_post_quant_conv=False)
+
+
+def t5(**sizes):
+    return T5EncoderModel(T5Config(**(sizes or T5_SIZES), feed_forward_proj="gated-gelu"))
+
+
+TINY = {
+    "dev": (lambda: FluxTransformer2DModel(**TINY_FLUX, guidance_embeds=True), TRANSFORMER),
+    "schnell": (lambda: FluxTransformer2DModel(**TINY_FLUX, guidance_embeds=False), TRANSFORMER),
+    "autoencoder": (lambda: autoencoder((8, 16, 24), 1, 4), AUTOENCODER),
+    "clip_l": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_SIZES)), CLIP_L),
+    "clip_l_flat": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_SIZES)), CLIP_L_FLAT),
+    "t5": (t5, T5),
+}
+FULL = {
+    "flux1-dev": (lambda: FluxTransformer2DModel(guidance_embeds=True), TRANSFORMER),
+    "flux1-schnell": (lambda: FluxTransformer2DModel(guidance_embeds=False), TRANSFORMER),
+    "ae": (autoencoder, AUTOENCODER),
+    "clip_l": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_FULL)), CLIP_L),
+    "t5xxl": (lambda: t5(**T5_FULL), T5),
+}
+
+
+@cache
+def layout(name: str) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(shape) for key, shape in json.loads((LAYOUTS / f"{name}.json").read_text()).items()}
+
+
+@cache
+def full_size(name: str) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return module_shapes(FULL[name][0]())
+
+
+def header_only(shapes: dict[str, tuple[int, ...]]) -> Source:
+    """What ``open_source`` makes of a bf16 file with these tensors; its data are never read."""
+    tensors, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        tensors[name] = TensorInfo("BF16", shape, Path("full.safetensors"), start, end)
+    return Source(Path("full.safetensors"), tensors, {}, {})
+
+
+def shapes_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def seeded(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_module_to_file_and_back_is_exact(name, tmp_path):
+    """Module -> original names -> safetensors -> a module built on meta: every bit again, tied weights tied."""
+    factory, keymap = TINY[name]
+    torch.manual_seed(0)
+    module = factory()
+    bound = keymap.bind(module_shapes(module))
+    export = export_module(module, bound)
+    assert [entry.name for entry in export.entries] == list(bound.original_shapes())
+    write_safetensors(tmp_path / "m.safetensors", export.entries, export.get)
+    again = load_module(build_on_meta(factory), open_source(tmp_path / "m.safetensors"), bound, dtype=None, place=name)
+    first, second = module.state_dict(), again.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_file_to_module_and_back_is_exact(name):
+    factory, keymap = TINY[name]
+    bound = keymap.bind(module_shapes(factory()))
+    original = seeded(bound.original_shapes())
+    state = dict(pair for key, tensor in original.items() for pair in bound.to_module(key, tensor))
+    assert shapes_of(state) == bound.module_shapes()
+    assert all(torch.equal(bound.to_original(key, state.__getitem__), tensor) for key, tensor in original.items())
+    assert sum(tensor.numel() for tensor in state.values()) == sum(tensor.numel() for tensor in original.values())
+
+
+@pytest.mark.parametrize("name", ["flux1-dev", "flux1-schnell"])
+def test_transformer_equals_diffusers_converter(name):
+    """All full-size names with real numbers: the converter cuts rows only, so width 1 in place of 3072 changes nothing for it."""
+    narrow = {key: (shape[0], *(1 for _ in shape[1:])) for key, shape in full_size(name).items()}
+    bound = TRANSFORMER.bind(narrow)
+    original = seeded(bound.original_shapes())
+    mine = dict(pair for key, tensor in original.items() for pair in bound.to_module(key, tensor))
+    theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(original))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize("name", ["flux1-dev", "flux1-schnell"])
+def test_transformer_shapes_equal_diffusers_converter(name):
+    """The published file's names and true shapes, on meta, through the converter: what our map expects of the module."""
+    original = {key: torch.empty(shape, device="meta") for key, shape in layout(name).items()}
+    theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(original))
+    bound = TRANSFORMER.bind(full_size(name))
+    mine = dict(pair for key, tensor in original.items() for pair in bound.to_module(key, tensor))
+    assert shapes_of(mine) == shapes_of(theirs)
+
+
+def test_last_modulation_is_swapped():
+    """(shift, scale) in the file, (scale, shift) in diffusers: by hand, as a wrong order would train and look plausible."""
+    bound = TRANSFORMER.bind({"norm_out.linear.bias": (4,)})
+    [(key, tensor)] = bound.to_module("final_layer.adaLN_modulation.1.bias", torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert key == "norm_out.linear.bias" and tensor.tolist() == [3.0, 4.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+def test_autoencoder_equals_diffusers_converter(prefix):
+    module = autoencoder((8, 16, 24, 24), 2, 4)
+    bound = AUTOENCODER.bind(module_shapes(module))
+    original = seeded(bound.original_shapes())
+    mine = dict(pair for key, tensor in original.items() for pair in bound.to_module(key, tensor))
+    theirs = convert_ldm_vae_checkpoint({prefix + key: tensor for key, tensor in original.items()}, dict(module.config))
+    assert mine.keys() == theirs.keys() == module.state_dict().keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_full_autoencoder_equals_diffusers_converter():
+    with torch.device("meta"):
+        module = autoencoder()
+        theirs = convert_ldm_vae_checkpoint({key: torch.empty(shape) for key, shape in layout("ae").items()}, dict(module.config))
+    bound = AUTOENCODER.bind(module_shapes(module))
+    mine = dict(pair for key, shape in layout("ae").items() for pair in bound.to_module(key, torch.empty(shape, device="meta")))
+    assert shapes_of(mine) == shapes_of(theirs)
+
+
+@pytest.mark.parametrize("name", ["clip_l", "t5"])
+def test_text_encoders_equal_transformers_own_loading(name, tmp_path):
+    """transformers reads the same file names by its own renaming: the same weights and the same output."""
+    factory, keymap = TINY[name]
+    bound = keymap.bind(module_shapes(factory()))
+    original = seeded(bound.original_shapes())
+    path = tmp_path / "model.safetensors"
+    export = export_module(original, None)
+    write_safetensors(path, export.entries, export.get, {"format": "pt"})
+    factory().config.save_pretrained(tmp_path)
+    theirs = type(factory()).from_pretrained(tmp_path, local_files_only=True).eval()
+    mine = load_module(build_on_meta(factory), open_source(path), bound, dtype=torch.float32, place=name).eval()
+    assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in mine.state_dict().items())
+    ids = torch.arange(12).reshape(2, 6)
+    assert torch.equal(mine(ids).last_hidden_state, theirs(ids).last_hidden_state)
+
+
+def test_clip_of_either_transformers_generation():
+    """The same file, whether the installed transformers keeps `text_model.` in the module or not."""
+    flat = full_size("clip_l")
+    prefixed = {f"text_model.{key.removeprefix('text_model.')}": shape for key, shape in flat.items()}
+    bare = {key.removeprefix("text_model."): shape for key, shape in flat.items()}
+    for shapes in (prefixed, bare):
+        assert CLIP_L.bind(shapes).original_shapes() == layout("clip_l")
+        assert set(CLIP_L_FLAT.bind(shapes).original_shapes()) == set(bare)
+        bounds = [CLIP_L.bind(shapes), CLIP_L_FLAT.bind(shapes)]
+        assert best_fit(layout("clip_l"), bounds) is bounds[0]
+        assert best_fit(bare, bounds) is bounds[1]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_published_file_is_read_and_written_back_exactly(name):
+    bound = FULL[name][1].bind(full_size(name))
+    source = header_only(layout(name))
+    assert_fits_and_returns(source, bound, "")
+
+
+def assert_fits_and_returns(source: Source, bound, prefix: str):
+    inner = source.view(prefix)
+    assert set(match_names(inner, bound, "part").values()) == set(bound.bindings)
+    module = {key: torch.empty(shape, dtype=torch.bfloat16, device="meta") for key, shape in bound.module_shapes().items()}
+    export = export_module(module, bound, prefix=prefix, also=source.layout_order, order=source.layout_order)
+    kept = [(prefix + name, inner.tensors[name].shape) for name in inner.layout_order if not bound.is_dropped(name)]
+    assert [(entry.name, entry.shape) for entry in export.entries] == kept
+    assert all(tuple(export.get(entry.name).shape) == entry.shape for entry in export.entries)
+    return export
+
+
+def test_all_in_one_is_read_and_written_back_exactly():
+    """1,442 tensors of four models; the three that no module has are carried over from the source."""
+    source = header_only(layout("flux1-dev_all_in_one"))
+    parts = {"model.diffusion_model.": "flux1-dev", "vae.": "ae", "text_encoders.clip_l.transformer.": "clip_l",
+             "text_encoders.t5xxl.transformer.": "t5xxl"}
+    whole = None
+    for prefix, name in parts.items():
+        export = assert_fits_and_returns(source, FULL[name][1].bind(full_size(name)), prefix)
+        whole = export if whole is None else whole + export
+    names = {entry.name for entry in whole.entries}
+    rest = [name for name in source.layout_order if name not in names]
+    assert sorted(rest) == ["text_encoders.clip_l.logit_scale", "text_encoders.clip_l.transformer.text_projection.weight",
+                            "text_encoders.t5xxl.logit_scale"]
+    whole = (whole + carry(source, rest)).in_order(source.layout_order)
+    assert {entry.name: entry.shape for entry in whole.entries} == layout("flux1-dev_all_in_one")
+    assert [entry.name for entry in whole.entries] == list(source.layout_order)
+
+
+def test_t5_takes_either_name_of_its_embedding(tmp_path):
+    bound = T5.bind(module_shapes(t5()))
+    original = seeded(bound.original_shapes())
+    copy = {"encoder.embed_tokens.weight": original["shared.weight"]}
+    without = {key: tensor for key, tensor in original.items() if key != "shared.weight"}
+    loaded = []
+    for number, tensors in enumerate((original, original | copy, without | copy)):
+        export = export_module(tensors, None)
+        write_safetensors(tmp_path / f"{number}.safetensors", export.entries, export.get)
+        source = open_source(tmp_path / f"{number}.safetensors")
+        loaded.append(load_module(build_on_meta(t5), source, bound, dtype=None, place="t5"))
+    for module in loaded:
+        assert module.shared.weight is module.encoder.embed_tokens.weight  # still tied, one copy in memory
+        assert torch.equal(module.shared.weight, original["shared.weight"])
+
+
+def test_best_fit_tells_bfl_from_diffusers_names():
+    shapes = full_size("flux1-dev")
+    bounds = [TRANSFORMER.bind(shapes), identity(shapes)]
+    assert best_fit(layout("flux1-dev"), bounds) is bounds[0]
+    assert best_fit(shapes, bounds) is bounds[1]
+
+
+def test_a_module_with_an_unknown_tensor_is_our_mistake():
+    with pytest.raises(AssertionError, match="no rule for the module's 'x_embedder_2.weight'"):
+        TRANSFORMER.bind({"x_embedder_2.weight": (2, 2)})
+    with pytest.raises(AssertionError, match="lacks"):
+        TRANSFORMER.bind({"transformer_blocks.0.attn.to_q.weight": (2, 2)})
+
+
+def test_every_rule_is_needed():
+    """Without any one of them the full-size module is not covered: no rule is dead, none shadows another."""
+    for keymap, name in ((TRANSFORMER, "flux1-dev"), (AUTOENCODER, "ae")):
+        shapes = full_size(name)
+        for index, rule in enumerate(keymap.rules):
+            others = KeyMap(keymap.rules[:index] + keymap.rules[index + 1:])
+            with pytest.raises(AssertionError):
+                others.bind(shapes)

@@ -1,0 +1,134 @@
+"""Conflicts between settings: each is found, names its setting first, and the settings around it are accepted."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from flux_train import ENTRY
+from library.config.check import check, problems
+from library.config.parse import parse, to_toml
+from library.errors import UserError
+
+REQUIRED = ["--pretrained_model_name_or_path", "model.safetensors", "--dataset_config", "data.toml", "--output_dir", "out"]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.safetensors", "data.toml", "prompts.txt"):
+        Path(name).write_text("")
+    Path("folder").mkdir()
+
+
+def lines(*argv):
+    config = parse(ENTRY, [*REQUIRED, *argv], {})
+    try:
+        check(config)
+    except UserError as error:
+        return error.problems
+    return ()
+
+
+@pytest.mark.parametrize("argv, expected", [
+    ("--ae nowhere/ae.safetensors", "--ae: no such file or folder: nowhere"),
+    ("--dataset_config dat.toml", "did you mean 'data.toml'?"),
+    ("--dataset_config folder", "--dataset_config: folder is a folder, not a file"),
+    ("--pretrained_model_name_or_path modle.safetensors", "did you mean 'model.safetensors'?"),
+    ("--pretrained_model_name_or_path some-org/some-model", "hf download some-org/some-model"),
+    ("--sample_prompts none.txt --sample_at_first", "--sample_prompts: no such file"),
+    ("--output_dir data.toml/out", "--output_dir: data.toml is a file, not a folder"),
+    ("--output_name a/b", "--output_name: 'a/b' is not a file name"),
+    ("--output_dir . --output_name model", "--output_name: the result would replace the model it starts from"),
+    ("--full_bf16", "--full_bf16: needs bf16 arithmetic, not --mixed_precision no"),
+    ("--full_bf16 --mixed_precision bf16 --weights_dtype fp32", "--weights_dtype: fp32 contradicts --full_bf16"),
+    ("--weights_dtype bf16 --mixed_precision fp16", "--weights_dtype: bf16 weights need bf16 arithmetic"),
+    ("--lr_warmup_steps 10", "--lr_warmup_steps: the constant schedule has no warm-up"),
+    ("--lr_warmup_steps 1600 --lr_scheduler cosine", "--lr_warmup_steps: warm-up of 1600 steps fills the whole run"),
+    ("--optimizer_args weight_decay", "--optimizer_args: 'weight_decay' is not name=value"),
+    ("--optimizer_args a=1 a=2", "--optimizer_args: a stands twice"),
+    ("--min_timestep 500 --max_timestep 500", "--min_timestep: 500 leaves nothing below max_timestep 500"),
+    ("--timestep_sampling uniform --discrete_flow_shift 3", "--discrete_flow_shift: 3 would have no effect"),
+    ("--timestep_sampling flux_shift --discrete_flow_shift 2", "--discrete_flow_shift: 2 would have no effect"),
+    ("--timestep_sampling uniform --sigmoid_scale 2", "--sigmoid_scale: 2 would have no effect"),
+    ("--logit_mean 0.5", "--logit_mean: 0.5 would have no effect"),
+    ("--timestep_sampling sigma --weighting_scheme mode --logit_std 2", "--logit_std: 2 would have no effect"),
+    ("--timestep_sampling sigma --mode_scale 1", "--mode_scale: 1 would have no effect"),
+    ("--weighting_scheme logit_normal", "--weighting_scheme: logit_normal is a density"),
+    ("--weighting_scheme cosmap", "--weighting_scheme: cosmap is a weight of the loss"),
+    ("--min_bucket_reso 512 --max_bucket_reso 256", "--min_bucket_reso: 512 is larger than max_bucket_reso 256"),
+    ("--cache_dir c --cache_latents", "--cache_dir: nothing is cached on disk"),
+    ("--save_model_as ckpt", "--save_model_as: ckpt files can run code"),
+    ("--save_model_as diffusers", "--save_model_as: not built yet: diffusers"),
+    ("--save_last_n_steps 5", "--save_last_n_steps: there is nothing to keep without --save_every_n_steps"),
+    ("--save_last_n_epochs 5", "--save_last_n_epochs: there is nothing to keep"),
+    ("--save_n_epoch_ratio 4 --save_every_n_epochs 1", "--save_n_epoch_ratio: contradicts"),
+    ("--sample_every_n_steps 5", "--sample_every_n_steps: there is nothing to draw; add --sample_prompts FILE"),
+    ("--sample_at_first", "--sample_at_first: there is nothing to draw"),
+    ("--log_with tensorboard", "--log_with: TensorBoard needs a folder"),
+    ("--wandb_run_name x", "--wandb_run_name: would have no effect without wandb"),
+    ("--model_type chroma", "--model_type: not built yet: Chroma"),
+])
+def test_conflict(argv, expected):
+    (line,) = lines(*argv.split())
+    assert expected in line and "; " in line
+
+
+@pytest.mark.parametrize("argv", [
+    "", "--output_dir new/deeper/out", "--pretrained_model_name_or_path folder", "--ae model.safetensors",
+    "--full_bf16 --mixed_precision bf16", "--weights_dtype bf16 --mixed_precision bf16", "--mixed_precision fp16",
+    "--lr_warmup_steps 10 --lr_scheduler constant_with_warmup", "--lr_warmup_steps 0.1 --lr_scheduler linear --max_train_steps 1",
+    "--lr_warmup_steps 5000 --lr_scheduler linear --max_train_epochs 9", "--timestep_sampling uniform",
+    "--timestep_sampling sigma --discrete_flow_shift 2", "--timestep_sampling sigma --weighting_scheme mode --mode_scale 1",
+    "--timestep_sampling sigma --weighting_scheme logit_normal --logit_mean 1", "--weighting_scheme none",
+    "--model_prediction_type sigma_scaled --weighting_scheme sigma_sqrt", "--min_timestep 0 --max_timestep 1",
+    "--save_every_n_steps 5 --save_last_n_steps 10", "--save_n_epoch_ratio 4 --save_last_n_epochs 2",
+    "--sample_prompts prompts.txt --sample_every_n_steps 5", "--logging_dir logs",
+    "--cache_dir c --cache_latents_to_disk", "--sample_every_n_steps 0", "--optimizer_args betas=(0.9,0.99) weight_decay=1e-2",
+])
+def test_no_conflict(argv):
+    assert lines(*argv.split()) == ()
+
+
+def test_all_conflicts_at_once_with_the_line_of_the_file():
+    Path("train.toml").write_text('full_bf16 = true\nsave_model_as = "ckpt"\n')
+    found = lines("--config_file", "train.toml", "--sample_at_first", "--ae", "nowhere")
+    assert len(found) == 4
+    assert any(line.startswith("train.toml:1: full_bf16:") for line in found)
+    assert any(line.startswith("train.toml:2: save_model_as:") for line in found)
+
+
+def test_nothing_given():
+    with pytest.raises(UserError) as caught:
+        check(parse(ENTRY, [], {}))
+    assert [line.split(":")[0] for line in caught.value.problems] == [
+        "--pretrained_model_name_or_path", "--dataset_config", "--output_dir"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders have no such permission there")
+def test_output_folder_without_write_access(monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    (line,) = lines()
+    assert line.startswith("--output_dir:") and "not writable" in line
+
+
+def test_wandb_without_the_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (line,) = lines("--log_with", "wandb", "--wandb_run_name", "x")
+    assert "pip install wandb" in line
+
+
+@pytest.mark.parametrize("argv", ["--timestep_sampling flux_shift", "--timestep_sampling uniform", "--timestep_sampling sigma"])
+def test_a_saved_configuration_has_no_conflicts(argv):
+    """All values stand in it, also those that have no effect: they are the defaults, so nobody asked for them."""
+    config = parse(ENTRY, [*REQUIRED, *argv.split()], {})
+    Path("saved.toml").write_text(to_toml(config))
+    assert problems(parse(ENTRY, ["--config_file", "saved.toml"], {})) == []
+
+
+def test_remarks():
+    config = parse(ENTRY, [*REQUIRED, "--max_train_epochs", "2", "--max_train_steps", "5", "--sample_prompts", "prompts.txt"], {})
+    check(config)
+    assert len(config.notes) == 2
+    assert config.notes[0].startswith("--max_train_epochs 2 overrules max_train_steps")
+    assert config.notes[1].startswith("--sample_prompts has no effect")

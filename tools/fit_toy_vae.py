@@ -1,0 +1,206 @@
+#!/usr/bin/env python
+"""Fit the toy autoencoder that the quickstart ships: 16 latent channels, 8x smaller, FLUX's structure and key names.
+
+    OMP_NUM_THREADS=1 python tools/fit_toy_vae.py --minutes 30 --output configs/quickstart/toy/ae.safetensors
+
+It is fitted to the quickstart's own photographs, so it reconstructs those sharply and anything else only roughly: a
+part for demonstrations, never for real work. First random 64 px crops at several scales teach it to draw edges and
+textures, then whole pictures at the training sizes make it exact. Its latents are pulled to zero mean and unit deviation
+after FLUX's normalisation, and slightly disturbed before decoding, so that a denoiser's small mistakes stay small.
+
+GroupNorm's 32 groups are a constant of FLUX that its file does not carry. With 32 channels each group would hold one
+channel and the norm would erase every channel's mean; hence 64 channels everywhere, two per group.
+"""
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+LATENT_CHANNELS, CHANNELS, GROUPS = 16, 64, 32
+SHIFT, SCALE = 0.1159, 0.3611  # FLUX.1's normalisation of latents: (z - SHIFT) * SCALE
+TRAIN_SIZES = {(256, 256): (128, 128), (192, 320): (96, 160), (320, 192): (160, 96)}  # file -> training (width, height)
+CROP = 64
+POSTERIOR_STD = 0.02  # of the normalised latents: small, so that sampling the posterior changes nothing visible
+
+
+def build():
+    """An untrained AutoencoderKL of FLUX's kind (no quant convolutions), residual branches closed."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(CHANNELS,) * 4, layers_per_block=1, norm_num_groups=GROUPS, latent_channels=LATENT_CHANNELS,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=SCALE, shift_factor=SHIFT,
+    )
+    for name, parameter in vae.named_parameters():
+        if ".conv2." in name or "to_out" in name:
+            torch.nn.init.zeros_(parameter)
+    return vae
+
+
+def load_photos(folder: Path) -> list[Image.Image]:
+    pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.jpg"))]
+    if not pictures:
+        raise SystemExit(f"no .jpg in {folder}")
+    return pictures
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """(3, H, W) in [-1, 1]."""
+    data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return data.view(picture.height, picture.width, 3).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def jitter(picture: Tensor, draw: random.Random) -> Tensor:
+    """Another light: overall gain, a gain per colour, an offset."""
+    gain = torch.tensor([draw.uniform(0.9, 1.1) for _ in range(3)]).view(3, 1, 1) * draw.uniform(0.7, 1.2)
+    return (picture * gain + draw.uniform(-0.2, 0.2)).clamp(-1, 1)
+
+
+def random_crops(pictures: list[Image.Image], count: int, draw: random.Random) -> Tensor:
+    """(count, 3, CROP, CROP): half at the training scale as they are, half scaled, mirrored and relit."""
+    crops = []
+    for index in range(count):
+        picture = draw.choice(pictures)
+        plain = index % 2 == 0
+        side = CROP * 2 if plain else round(CROP * draw.uniform(1.0, 2.9))  # in pixels of the file
+        left, top = draw.randint(0, picture.width - side), draw.randint(0, picture.height - side)
+        crop = picture.resize((CROP, CROP), Image.Resampling.BOX, box=(left, top, left + side, top + side))
+        if draw.random() < 0.5 and not plain:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        tensor = to_tensor(crop)
+        crops.append(tensor if plain or draw.random() < 0.5 else jitter(tensor, draw))
+    return torch.stack(crops)
+
+
+def whole_pictures(pictures: list[Image.Image]) -> list[Tensor]:
+    """The photographs at the training sizes, one batch (B, 3, H, W) per shape."""
+    shapes: dict[tuple[int, int], list[Tensor]] = {}
+    for picture in pictures:
+        size = TRAIN_SIZES[picture.size]
+        shapes.setdefault(size, []).append(to_tensor(picture.resize(size, Image.Resampling.BOX)))
+    return [torch.stack(batch) for batch in shapes.values()]
+
+
+def vary(batch: Tensor, draw: random.Random) -> Tensor:
+    """Mirror or relight a quarter of the pictures each."""
+    out = [picture.flip(-1) if draw.random() < 0.25 else picture for picture in batch]
+    return torch.stack([jitter(picture, draw) if draw.random() < 0.25 else picture for picture in out])
+
+
+def edges(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    return pictures[..., 1:, :] - pictures[..., :-1, :], pictures[..., :, 1:] - pictures[..., :, :-1]
+
+
+def loss_of(vae, pictures: Tensor, noise: torch.Generator, disturbance: float) -> Tensor:
+    """Reconstruction (L1, squares, edges) plus the pull of the latents towards what FLUX's normalisation expects."""
+    mean, logvar = vae.encoder(pictures).chunk(2, dim=1)  # (B, 16, h, w) each
+    normal = (mean - SHIFT) * SCALE
+    amount = disturbance * torch.rand(len(pictures), 1, 1, 1, generator=noise)
+    disturbed = normal + amount * torch.randn(normal.shape, generator=noise)
+    result = vae.decoder(disturbed / SCALE + SHIFT)
+    error = result - pictures
+    reconstruction = error.abs().mean() + 2 * error.square().mean()
+    reconstruction = reconstruction + 0.5 * sum((a - b).abs().mean() for a, b in zip(edges(result), edges(pictures)))
+    centre = normal.mean((0, 2, 3)).square().mean()
+    spread = (normal.std((0, 2, 3)) - 1).square().mean()
+    target_logvar = 2 * torch.log(torch.tensor(POSTERIOR_STD / SCALE))
+    return reconstruction + 0.05 * (centre + spread) + 1e-3 * (logvar - target_logvar).square().mean()
+
+
+@torch.no_grad()
+def psnr(vae, batches: list[Tensor]) -> list[float]:
+    """Peak signal to noise ratio in dB of every photograph, through the mean of the posterior."""
+    values = []
+    for batch in batches:
+        result = vae.decoder(vae.encoder(batch).chunk(2, dim=1)[0]).clamp(-1, 1)
+        error = (result - batch).div(2).square().mean((1, 2, 3))
+        values += (-10 * error.log10()).tolist()
+    return values
+
+
+def fit(vae, pictures: list[Image.Image], *, minutes: float, seed: int, learning_rate: float, crops_share: float) -> None:
+    """Train in place for so many minutes of this process's CPU time."""
+    draw, noise = random.Random(seed), torch.Generator().manual_seed(seed)
+    batches = whole_pictures(pictures)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    start, reported, step = time.process_time(), 0.0, 0
+    while (progress := (time.process_time() - start) / (60 * minutes)) < 1:
+        rate = min(1.0, (step + 1) / 50) * max(0.01, 0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * progress)).item())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * rate
+        if progress < crops_share:
+            loss = loss_of(vae, random_crops(pictures, 16, draw), noise, 0.15)
+            loss.backward()
+        else:
+            for batch in batches:
+                shown = batch if progress > 0.85 else vary(batch, draw)
+                loss = loss_of(vae, shown, noise, 0.15)
+                (loss * len(batch) / len(pictures)).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if progress - reported > 1 / 30:
+            reported = progress
+            values = psnr(vae, batches)
+            print(f"{progress:4.0%} step {step} loss {loss.item():.4f} dB mean {sum(values) / len(values):.2f} "
+                  f"worst {min(values):.2f}", flush=True)
+
+
+@torch.no_grad()
+def standardise(vae, batches: list[Tensor]) -> None:
+    """Fold what is left of scale, channel by channel, into the convolutions on both sides of the latent: an exact change.
+
+    Deviations become 1 after FLUX's normalisation. Means cannot be moved exactly (the decoder's convolution pads with
+    zeros), but the fit has pulled them to within a few hundredths.
+    """
+    latents = torch.cat([vae.encoder(batch)[:, :LATENT_CHANNELS].transpose(0, 1).flatten(1) for batch in batches], dim=1)
+    factor = 1 / (latents.std(1) * SCALE)  # (16,)
+    for parameter in (vae.encoder.conv_out.weight, vae.encoder.conv_out.bias):
+        parameter[:LATENT_CHANNELS] *= factor.view(-1, *[1] * (parameter.dim() - 1))
+    vae.encoder.conv_out.bias[LATENT_CHANNELS:] += 2 * factor.log()  # the posterior's log variance
+    vae.decoder.conv_in.weight /= factor.view(1, -1, 1, 1)
+
+
+def save(vae, path: Path) -> None:
+    """As `ae.safetensors` of FLUX.1: BFL's names, here in half precision."""
+    from library.checkpoint.export import export_module
+    from library.checkpoint.flux_keys import AUTOENCODER
+    from library.checkpoint.keymap import module_shapes
+    from library.checkpoint.writer import write_safetensors
+
+    tensors = export_module(vae, AUTOENCODER.bind(module_shapes(vae)), dtype=torch.float16)
+    write_safetensors(path, tensors.entries, tensors.get, {"modelspec.license": "Apache-2.0", "modelspec.title": "Kiln toy autoencoder"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fit the quickstart's autoencoder to its photographs.")
+    parser.add_argument("--photos", type=Path, default=Path("configs/quickstart/photos"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=Path("configs/quickstart/toy/ae.safetensors"), metavar="FILE")
+    parser.add_argument("--minutes", type=float, default=30, help="CPU time of this process, not of the clock")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--crops_share", type=float, default=0.5, help="part of the time spent on crops, the rest on whole pictures")
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    vae, pictures = build(), load_photos(arguments.photos)
+    fit(vae, pictures, minutes=arguments.minutes, seed=arguments.seed, learning_rate=arguments.learning_rate,
+        crops_share=arguments.crops_share)
+    batches = whole_pictures(pictures)
+    standardise(vae, batches)
+    save(vae, arguments.output)
+    print(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.2f} MB, dB " + " ".join(f"{v:.1f}" for v in psnr(vae, batches)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+#!/usr/bin/env python
+"""Write an untrained toy FLUX.1-dev: every file of the real set, in its layout and with its structure, a thousandth as wide.
+
+    python tools/make_toy_flux.py --output output/quickstart/toy
+
+makes `flux1-dev.safetensors` (BFL names, fused qkv, guidance embedding), `clip_l.safetensors`, `t5xxl.safetensors`, both
+tokenizers in folders beside them, and copies the fitted `ae.safetensors` from `configs/quickstart/toy`. `flux_train.py`
+finds the parts beside the checkpoint. The text encoders are random and stay so: all they have to do is to tell captions
+apart. Same seed, same files.
+"""
+
+import argparse
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+AUTOENCODER = ROOT / "configs/quickstart/toy/ae.safetensors"
+CAPTIONS = ROOT / "configs/quickstart/photos"
+HEAD_DIM, ROPE_AXES = 32, (4, 14, 14)  # FLUX.1 has heads of 128 with axes (16, 56, 56): the same proportions
+CLIP_WIDTH, CLIP_LAYERS, CLIP_POSITIONS = 64, 2, 77
+T5_WIDTH, T5_LAYERS, T5_HEADS, T5_KEY_WIDTH, T5_INNER = 64, 2, 4, 16, 128
+
+
+@dataclass(frozen=True)
+class Size:
+    """Heads and depth of a toy transformer (its width is ``heads`` times 32)."""
+
+    heads: int
+    double_blocks: int
+    single_blocks: int
+
+
+SIZES = {"tiny": Size(2, 1, 1), "quickstart": Size(4, 2, 4)}
+
+
+def make_transformer(size: Size):
+    """FluxTransformer2DModel as its authors start one: modulation and output closed, everything else Xavier."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        in_channels=64, num_layers=size.double_blocks, num_single_layers=size.single_blocks, attention_head_dim=HEAD_DIM,
+        num_attention_heads=size.heads, joint_attention_dim=T5_WIDTH, pooled_projection_dim=CLIP_WIDTH, guidance_embeds=True,
+        axes_dims_rope=ROPE_AXES,
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            # Blocks then start as the identity and the first prediction is zero, which trains far faster than noise
+            # (Peebles & Xie 2022, adaLN-Zero).
+            closed = name == "proj_out" or (name.endswith(".linear") and "norm" in name)
+            torch.nn.init.zeros_(module.weight) if closed else torch.nn.init.xavier_uniform_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    return model
+
+
+def make_clip(vocabulary: int):
+    """CLIPTextModel whose pooled vector depends on all words: the end token, where it is read, adds little of itself."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model = CLIPTextModel(CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=CLIP_WIDTH, projection_dim=CLIP_WIDTH, intermediate_size=4 * CLIP_WIDTH,
+        num_hidden_layers=CLIP_LAYERS, num_attention_heads=CLIP_WIDTH // 64, max_position_embeddings=CLIP_POSITIONS,
+        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
+    ))
+    for name, parameter in model.named_parameters():
+        if "embedding.weight" in name:
+            torch.nn.init.normal_(parameter, std=1.0 if "token" in name else 0.3)
+            if "token" in name:
+                parameter.data[-2:] *= 0.1
+        elif parameter.dim() == 2:
+            torch.nn.init.xavier_uniform_(parameter, gain=1.5)
+    return model
+
+
+def make_t5(vocabulary: int):
+    """T5EncoderModel (gated) with embeddings of unit size and sublayers that mix neighbouring words."""
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    model = T5EncoderModel(T5Config(
+        vocab_size=vocabulary, d_model=T5_WIDTH, d_kv=T5_KEY_WIDTH, num_heads=T5_HEADS, d_ff=T5_INNER, num_layers=T5_LAYERS,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, dropout_rate=0.0,
+    ))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            if "shared" in name or "relative" in name:
+                torch.nn.init.normal_(parameter, std=1.0)
+            else:
+                torch.nn.init.xavier_uniform_(parameter)
+    return model
+
+
+def write(path: Path, module, keymap, dtype, **options) -> None:
+    """``module`` as the file of ``keymap``'s layout."""
+    from library.checkpoint.export import export_module
+    from library.checkpoint.keymap import module_shapes
+    from library.checkpoint.writer import write_safetensors
+
+    tensors = export_module(module, keymap.bind(module_shapes(module)), dtype=dtype, **options)
+    write_safetensors(path, tensors.entries, tensors.get)
+
+
+def caption_words() -> list[str]:
+    """Every word of the quickstart's captions, most frequent first: what the toy tokenizers know as one token."""
+    text = " ".join(path.read_text(encoding="utf-8") for path in sorted(CAPTIONS.glob("*.txt"))).split()
+    return sorted(set(text), key=lambda word: (-text.count(word), word))
+
+
+def make(folder: Path, size: Size, seed: int) -> None:
+    """Write the whole set below ``folder``."""
+    import torch
+
+    from library.checkpoint import flux_keys
+    from tools.toy_tokenizers import write_clip_tokenizer, write_t5_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = caption_words()
+    vocabularies = write_clip_tokenizer(folder / "clip_l_tokenizer", words), write_t5_tokenizer(folder / "t5xxl_tokenizer", words)
+    torch.manual_seed(seed)
+    write(folder / "clip_l.safetensors", make_clip(vocabularies[0]), flux_keys.CLIP_L, torch.float16)
+    write(folder / "t5xxl.safetensors", make_t5(vocabularies[1]), flux_keys.T5, torch.float16, also=("encoder.embed_tokens.weight",))
+    write(folder / "flux1-dev.safetensors", make_transformer(size), flux_keys.TRANSFORMER, torch.bfloat16)
+    shutil.copyfile(AUTOENCODER, folder / "ae.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write an untrained toy FLUX.1-dev for trying things out.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--size", choices=sorted(SIZES), default="quickstart")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    make(arguments.output, SIZES[arguments.size], arguments.seed)
+    print(f"toy FLUX.1-dev ({arguments.size}) in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

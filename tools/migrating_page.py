@@ -1,0 +1,126 @@
+"""Writes docs/migrating.md: where our defaults, names and behaviour differ from the dialect of flags that people know.
+
+``PEER_DEFAULTS`` holds the dialect's default of every setting that we share with its FLUX fine-tuning script; a test
+checks that each setting stands either there or in ``NEW``, and that exactly the differences have a reason.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from flux_train import ENTRY  # noqa: E402
+from library.atomic import write_atomic  # noqa: E402
+from library.config.help import default  # noqa: E402
+from library.config.values import show  # noqa: E402
+from tools.options_page import table  # noqa: E402
+
+PAGE = ROOT / "docs" / "migrating.md"
+
+_NONE = """config_file console_log_file pretrained_model_name_or_path dataset_config resolution
+text_encoder_batch_size max_train_epochs output_dir save_precision save_every_n_steps save_every_n_epochs save_n_epoch_ratio
+save_last_n_epochs save_last_n_steps metadata_title metadata_author metadata_description metadata_license metadata_tags
+metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase sample_prompts sample_every_n_steps
+sample_every_n_epochs logging_dir log_with log_tracker_config wandb_run_name wandb_api_key ae clip_l t5xxl t5xxl_max_token_length
+seed output_name save_model_as""".split()
+_OFF = """output_config console_log_simple enable_bucket bucket_no_upscale cache_latents
+cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk full_bf16 gradient_checkpointing
+sample_at_first log_config apply_t5_attn_mask""".split()
+
+PEER_DEFAULTS: dict[str, object] = {
+    **dict.fromkeys(_NONE), **dict.fromkeys(_OFF, False),
+    "console_log_level": "INFO", "train_batch_size": 1, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
+    "caption_extension": ".caption", "dataset_repeats": 1, "max_data_loader_n_workers": 8, "vae_batch_size": 1,
+    "mixed_precision": "no", "optimizer_type": "AdamW", "optimizer_args": (), "learning_rate": 2e-6, "max_grad_norm": 1.0,
+    "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 1600, "gradient_accumulation_steps": 1,
+    "timestep_sampling": "sigma", "weighting_scheme": "uniform", "discrete_flow_shift": 3.0, "sigmoid_scale": 1.0,
+    "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "model_prediction_type": "sigma_scaled", "min_timestep": 0,
+    "max_timestep": 1000, "log_prefix": "", "log_tracker_name": "finetuning", "guidance_scale": 3.5, "model_type": "flux",
+}
+
+NEW: dict[str, str] = {
+    "weights_dtype": "keep weights in float32 under bf16 arithmetic (`fp32`), or in bf16 with stochastic rounding (`bf16`). "
+                     "`auto`: bf16 under `--mixed_precision bf16` or `--full_bf16`, else float32",
+    "cache_dir": "disk caches can stand on another disk than the pictures",
+    "clip_l_tokenizer": "train without a connection to the hub",
+    "t5xxl_tokenizer": "train without a connection to the hub",
+    "no_metadata": "known from the LoRA scripts of the dialect; here for checkpoints as well",
+}
+
+REASONS: dict[str, str] = {
+    "timestep_sampling": "with `shift` the noise levels that decide the composition get most of the training; the usual recipe",
+    "model_prediction_type": "`sigma_scaled` compares an estimate of the picture with a velocity; `raw` compares like with like",
+    "discrete_flow_shift": "exp(1.15), the shift of FLUX's own schedule at 1024 x 1024",
+    "guidance_scale": "a distilled model is best fine-tuned without guidance; 3.5 belongs to sampling",
+    "max_bucket_reso": "1024 takes area away from every bucket that is not square at resolution 1024",
+    "min_bucket_reso": "the same, except where 256 would be more than half the shorter side of a small resolution",
+    "bucket_reso_steps": "the same, raised to a multiple of what the model needs",
+    "caption_extension": "nearly all folders of captions hold `.txt`; `.caption` is still found",
+    "seed": "a run without `--seed` can be repeated too",
+    "output_name": "one name for all files of a run; the dialect uses `epoch`, `at` and `last`",
+    "save_model_as": "the same: the dialect's script for this model writes nothing else either",
+    "min_timestep": "the same; not given means the whole range",
+    "max_timestep": "the same; not given means the whole range",
+}
+
+INTRO = """# Coming from another trainer
+
+<!-- Written by tools/migrating_page.py. Do not edit: change the tool and run it. -->
+
+Flags, keys and dataset files follow the dialect of kohya-ss/sd-scripts, so that commands and TOML files keep working.
+This page lists every place where they do not do the same, and why. All options: [options.md](options.md).
+
+## To get the dialect's own FLUX defaults back
+
+```
+--timestep_sampling sigma --model_prediction_type sigma_scaled --discrete_flow_shift 3 --guidance_scale 3.5
+--caption_extension .caption --max_bucket_reso 1024
+```
+
+## Defaults that differ
+"""
+
+BEHAVIOUR = """## Behaviour that differs
+
+- **Nothing is ignored in silence.** An unknown flag or key is an error with the nearest known name; so is a value of the wrong
+  type in `--config_file`, a key that stands twice, and a setting that would have no effect (`--logit_mean` without
+  `--weighting_scheme logit_normal`, `--discrete_flow_shift` with `uniform`). Abbreviated flags are not accepted.
+- **Flags of the dialect without effect** are accepted and named once in the log; flags that are not built yet are refused, each
+  with what to do meanwhile. Both lists stand in [options.md](options.md).
+- **Switches can be turned off** on the command line: `--cache_latents=false` overrules `cache_latents = true` in the file.
+- **`--output_config`** writes all settings, not only those that differ from the defaults.
+- **`accelerate launch --mixed_precision bf16`** counts when neither the command line of the script nor the file says otherwise.
+- **bf16 weights** are rounded stochastically, whatever the optimizer, so that small updates are not lost.
+  `--weights_dtype fp32` keeps float32 weights at twice the memory.
+- **`--min_timestep` and `--max_timestep`** are honoured for FLUX.
+- **`--weighting_scheme`** counts where the dialect lets it count (densities with `sigma` sampling, weights with `sigma_scaled`
+  prediction) and is refused elsewhere.
+- **`--lr_warmup_steps`** means optimizer steps on any number of GPUs.
+- **`--save_model_as`** other than `safetensors` is refused: for this model the dialect ignores it.
+- **`--model_type chroma`** is refused: the dialect's fine-tuning script trains a FLUX model then.
+- **`--sample_every_*` without `--sample_prompts`** and **`--save_last_n_*` without `--save_every_n_*`** are errors.
+- **Caches** are found by content (picture, caption, encoder, settings), so there is nothing to delete after an edit; cache files
+  of other trainers are not read.
+"""
+
+
+def deviations() -> dict[str, tuple[object, str]]:
+    """Flag -> (the dialect's default, ours in words), where the two values are not the same."""
+    return {name: (PEER_DEFAULTS[name], default(setting)) for name, setting in ENTRY.settings().items()
+            if name in PEER_DEFAULTS and PEER_DEFAULTS[name] != setting.default}
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    rows = [(f"`--{name}`", show(theirs), ours, REASONS[name]) for name, (theirs, ours) in deviations().items()]
+    lines = [INTRO, *table(("flag", "dialect", "here", "reason"), rows)]
+    lines += ["## Flags that are new\n", *table(("flag", "what for"), [(f"`--{name}`", reason) for name, reason in NEW.items()])]
+    return "\n".join([*lines, BEHAVIOUR])
+
+
+if __name__ == "__main__":
+    write_atomic(PAGE, page())
+    print(f"written: {PAGE}")
