@@ -73,17 +73,19 @@ def _files(config: Config) -> Iterator[Problem]:
 
 def _model(config: Config) -> Iterator[Problem]:
     given = config.model.pretrained_model_name_or_path
-    if given is None or Path(given).expanduser().exists():
+    if given is None or _may_be_on_the_hub(given):
         return
-    name = "pretrained_model_name_or_path"
-    if given.count("/") == 1 and not Path(given).suffix.lower() in (".safetensors", ".sft", ".json", ".ckpt") \
-            and not Path(given).parent.exists():
-        yield conflict(config, name, f"no such file or folder: {given}",
-                       f"if it is meant as a hub id, download it first: hf download {given} --local-dir FOLDER")
-    else:
-        problem = missing_file(config, name, Path(given).expanduser())
-        assert problem is not None
+    problem = missing_file(config, "pretrained_model_name_or_path", Path(given).expanduser())
+    if problem:
         yield problem
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """``owner/repository`` or a file in one, and no path of this machine; whether it is there is found out later."""
+    path = Path(name)
+    return name.count("/") in (1, 2) and not path.is_absolute() and not path.exists() and not Path(path.parts[0]).exists() \
+        and not name.startswith(("./", "../", "~")) \
+        and (len(path.parts) == 3 or path.suffix.lower() not in (".safetensors", ".sft", ".json", ".ckpt", ".gguf", ".pt"))
 
 
 def _output(config: Config) -> Iterator[Problem]:

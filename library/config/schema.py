@@ -53,7 +53,7 @@ class ModelOptions:
     title: ClassVar[str] = "Model"
 
     pretrained_model_name_or_path: str | None = flag(
-        None, "model to start from: .safetensors file, sharded index, or diffusers folder", metavar="PATH", required=True)
+        None, "model to start from: .safetensors file, sharded index, diffusers folder, or hub id", metavar="PATH", required=True)
 
 
 @dataclass(frozen=True)

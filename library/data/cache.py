@@ -103,9 +103,7 @@ def opener(cache_dir: Path | None, to_disk: bool) -> Callable[[Item], Cache]:
 
     def cache_for(item: Item) -> Cache:
         directory = None if not to_disk else Path(cache_dir) if cache_dir is not None else item.path.parent / FOLDER
-        if directory not in opened:
-            opened[directory] = Cache(directory)
-        return opened[directory]
+        return opened.setdefault(directory, Cache(directory))  # in one go: several threads ask
     return cache_for
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.conftest import run_script, with_flag
+from tests.cli.conftest import ROOT, environment, run_script, with_flag
 from tests.contract.conftest import dataset_file, make_pictures
 
 
@@ -57,7 +59,7 @@ MISTAKES = {
                            ["flux1-dve.safetensors", "flux1-dev.safetensors"]),
     "checkpoint truncated": (lambda b: b.checkpoint(b.files.checkpoint.read_bytes()[:-1000]), ["model.safetensors", "again"]),
     "checkpoint empty": (lambda b: b.checkpoint(b""), ["model.safetensors", "empty"]),
-    "checkpoint is a web page": (lambda b: b.checkpoint(b"<!DOCTYPE html><html><body>Sign in</body></html>" * 20), ["model.safetensors", "HTML"]),
+    "checkpoint is a web page": (lambda b: b.checkpoint(b"<!DOCTYPE html><html><body>Sign in</body></html>" * 20), ["model.safetensors", "web page"]),
     "checkpoint is a git-lfs pointer": (lambda b: b.checkpoint(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), ["lfs"]),
     "checkpoint is of another architecture": (lambda b: b.tensors({
         "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3), "model.diffusion_model.label_emb.0.0.weight": torch.zeros(4, 4),
@@ -71,9 +73,10 @@ MISTAKES = {
     "checkpoint has a tensor too many": (lambda b: (b.tensors({**load_file(b.files.checkpoint), "double_blocks.0.img_attn.prjo.weight": torch.zeros(2)}),
                                                     _give_parts(b)), ["double_blocks.0.img_attn.prjo.weight"]),
     "autoencoder given is a text encoder": (lambda b: b.flag("ae", b.files.clip_l), ["--ae", "CLIP"]),
-    "other parts nowhere": (lambda b: b.checkpoint(b.files.checkpoint.read_bytes()), ["--ae"]),
+    "other parts nowhere": (lambda b: b.checkpoint(b.files.checkpoint.read_bytes()),
+                            ["--ae", "--clip_l", "--t5xxl", "--clip_l_tokenizer", "--t5xxl_tokenizer", "ae.safetensors", "hub"]),
     "unknown flag": (lambda b: b.flags.append("--max_train_step=5"), ["--max_train_step", "max_train_steps"]),
-    "flag of LoRA": (lambda b: b.flag("network_dim", 16), ["--network_dim", "flux_train_network.py"]),
+    "flag of LoRA": (lambda b: b.flag("network_dim", 16), ["--network_dim", "_train_network.py"]),
     "flag not built yet": (lambda b: b.flag("blocks_to_swap", 18), ["--blocks_to_swap", "not built yet"]),
     "number expected": (lambda b: b.flag("learning_rate", "fast"), ["--learning_rate", "fast"]),
     "value of a choice": (lambda b: b.flag("lr_scheduler", "cosin"), ["--lr_scheduler", "cosine"]),
@@ -105,6 +108,9 @@ MISTAKES = {
 }
 
 
+SEVERAL = ("several at once", "other parts nowhere")
+
+
 def _give_parts(bench: Bench) -> None:
     for name in ("ae", "clip_l", "t5xxl", "clip_l_tokenizer", "t5xxl_tokenizer"):
         bench.flag(name, getattr(bench.files, name))
@@ -120,7 +126,7 @@ def test_mistake_is_one_line_with_a_remedy(name, base, files, pictures, tmp_path
     assert done.status == 2, done.text
     assert "Traceback" not in done.text
     assert done.errors and all(word in "\n".join(done.errors) for word in words), done.stderr
-    if name != "several at once":
+    if name not in SEVERAL:
         assert len(done.errors) == 1, done.stderr
     assert all(len(line) < 900 for line in done.errors)
     after = _snapshot(tmp_path)
@@ -132,12 +138,37 @@ def _snapshot(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write everywhere; Windows knows no such mode bits")
 def test_output_folder_not_writable(base, tmp_path):
     locked = tmp_path / "locked"
-    locked.mkdir(mode=0o500)
-    done = run_script(*with_flag(base, "output_dir", locked / "out"))
-    assert done.status == 2 and len(done.errors) == 1 and "locked" in done.errors[0] and "Traceback" not in done.text
+    with _read_only(locked):
+        done = run_script(*with_flag(base, "output_dir", locked / "out"))
+    assert done.status == 2 and len(done.errors) == 1 and "locked" in done.errors[0] and "Traceback" not in done.text, done.text
+
+
+@contextmanager
+def _read_only(folder: Path):
+    """A folder that even root cannot write to (a read-only file system), or for others one without the right to."""
+    folder.mkdir(mode=0o500)
+    if sys.platform == "win32":
+        pytest.skip("Windows knows no such mode bits")
+    if os.geteuid() == 0:
+        with _mounted(folder, "ro"):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _mounted(folder: Path, options: str):
+    """A file system in memory at ``folder``, for root on Linux."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("only root on Linux can mount a file system")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("this machine does not let its tests mount file systems")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_the_command_of_the_readme_is_refused_for_what_is_not_built_only(base, tmp_path):
@@ -153,27 +184,16 @@ def test_a_dataset_mistake_is_told_before_torch_is_imported(base, tmp_path):
     (tmp_path / "data.toml").write_text("[[datasets]]\nresolutoin = 64\n", encoding="utf-8")
     code = ("import sys, flux_train; from library.app import main\nstatus = main(flux_train.ENTRY, sys.argv[1:])\n"
             "heavy = {'torch', 'diffusers', 'transformers', 'accelerate'} & set(sys.modules)\nprint(status, sorted(heavy))")
-    import subprocess
-
-    from tests.cli.conftest import ROOT, environment
-
     done = subprocess.run([sys.executable, "-c", code, *with_flag(base, "dataset_config", tmp_path / "data.toml")], cwd=ROOT,
                           env=environment(), capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "2 []", done.stdout + done.stderr
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists() or os.geteuid() != 0, reason="a small file system can be mounted by root only")
 def test_full_disk_is_one_line_and_leaves_nothing(base, tmp_path):
     """A file system of 300 kB cannot hold the checkpoint of this model."""
-    import subprocess
-
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)], capture_output=True).returncode:
-        pytest.skip("this machine does not let its tests mount file systems")
-    try:
+    with _mounted(small, "size=300k"):
         done = run_script(*with_flag(base, "output_dir", small / "out"))
         assert done.status == 2 and len(done.errors) == 1 and "space" in done.errors[0] and "Traceback" not in done.text, done.text
         assert not list(small.rglob("*.safetensors")) and not list(small.rglob("*.tmp"))
-    finally:
-        subprocess.run(["umount", str(small)], check=True)

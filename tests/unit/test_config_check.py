@@ -35,7 +35,6 @@ def lines(*argv):
     ("--dataset_config dat.toml", "did you mean 'data.toml'?"),
     ("--dataset_config folder", "--dataset_config: folder is a folder, not a file"),
     ("--pretrained_model_name_or_path modle.safetensors", "did you mean 'model.safetensors'?"),
-    ("--pretrained_model_name_or_path some-org/some-model", "hf download some-org/some-model"),
     ("--sample_prompts none.txt --sample_at_first", "--sample_prompts: no such file"),
     ("--output_dir data.toml/out", "--output_dir: data.toml is a file, not a folder"),
     ("--output_name a/b", "--output_name: 'a/b' is not a file name"),
@@ -132,3 +131,8 @@ def test_remarks():
     assert len(config.notes) == 2
     assert config.notes[0].startswith("--max_train_epochs 2 overrules max_train_steps")
     assert config.notes[1].startswith("--sample_prompts has no effect")
+
+
+def test_a_hub_id_is_left_to_the_search_for_files():
+    assert not lines("--pretrained_model_name_or_path", "some-org/some-model.1")
+    assert lines("--pretrained_model_name_or_path", "some-folder/some-model.safetensors")
