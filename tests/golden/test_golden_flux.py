@@ -27,8 +27,9 @@ from tests.golden.records import NAMES, STEPS
 
 TOLERANCE = 1e-5
 
-# record -> parameter, index, the peer's gradient there in step 0, before clipping (found as the value that fits the later steps)
-LOST_IN_ROUNDING = {"flux_uniform_raw": ("x_embedder.weight", 953, 7.5e-9)}
+# record -> parameter and index whose gradient in step 0 is nothing but rounding (see test_the_gradient_lost_in_rounding).
+LOST_IN_ROUNDING = {"flux_uniform_raw": ("x_embedder.weight", 953)}
+AFTER_ROUNDING = 5e-5  # of the outputs of the later steps of such a record; losses keep the tolerance of all
 
 
 def close(ours: torch.Tensor, recorded: torch.Tensor, tolerance: float = TOLERANCE) -> None:
@@ -104,9 +105,10 @@ def test_four_training_steps(name):
         if "in.txt_attention_mask" in step:
             text["t5_mask"] = step["in.txt_attention_mask"].bool()
         output = predict(module, noisy.x_t, noisy.level, text, float(record.settings["guidance_scale"]), "t5_mask" in text)
-        close(pack(output), step["model_out"])
+        tolerance = AFTER_ROUNDING if index > 0 and name in LOST_IN_ROUNDING else TOLERANCE
+        close(pack(output), step["model_out"], tolerance)
         prediction = flow.prediction(output, noisy)
-        close(prediction, step["pred"])
+        close(prediction, step["pred"], tolerance)
         close(per_sample(prediction, noisy.target), step["loss_unweighted_per_sample"])
         losses = per_sample(prediction, noisy.target, record.mask(index)) * flow.weight(noisy.level)
         loss = mean(losses, torch.ones_like(losses), len(losses))
@@ -115,30 +117,32 @@ def test_four_training_steps(name):
         gradients = {key: parameter.grad for key, parameter in module.named_parameters()}
         norms = torch.stack([bound.to_original(key, gradients.__getitem__).double().norm() for key in names])
         torch.testing.assert_close(norms, step["grad_norms"].nan_to_num(0.0), rtol=1e-4, atol=1e-6 * norms.max().item())
-        if index == 0 and name in LOST_IN_ROUNDING:
-            key, place, value = LOST_IN_ROUNDING[name]
-            gradients[key].view(-1)[place] = value
         info = updater.after_backward(index, STEPS, last_microbatch=True)
         assert info.grad_norm == pytest.approx(step["grad_norm_total"].item(), rel=TOLERANCE)
-    check_final_weights(record, module, bound)
+    check_final_weights(record, module, bound, TOLERANCE if name not in LOST_IN_ROUNDING else AFTER_ROUNDING)
 
 
-def check_final_weights(record, module, bound):
+def check_final_weights(record, module, bound, tolerance):
     """Norm, sum and first numbers of every weight; a sum is measured by the sum of magnitudes, as it may cancel to nothing."""
     weights = {key: parameter.detach() for key, parameter in module.named_parameters()}
     for row, key in enumerate(record.settings["after_names"].split(",")):
         ours = bound.to_original(key, weights.__getitem__).double()
-        close(ours.norm(), record.tensors["after.norm"][row])
-        close(ours.flatten()[:4], record.tensors["after.first4"][row])
+        close(ours.norm(), record.tensors["after.norm"][row], tolerance)
+        close(ours.flatten()[:4], record.tensors["after.first4"][row], tolerance)
         drift = abs(ours.sum() - record.tensors["after.sum"][row])
-        assert drift <= TOLERANCE * ours.abs().sum(), key
+        assert drift <= tolerance * ours.abs().sum(), key
 
 
 @pytest.mark.parametrize("name", LOST_IN_ROUNDING)
 def test_the_gradient_lost_in_rounding(name):
-    """It is of the size of float32's rounding of such gradients, and the peer's value is as near to the true one as that."""
+    """Why one record's later outputs differ by more than 1e-5: one gradient is smaller than its own rounding error.
+
+    In float64 it is 1.25e-8, a hundred-thousandth of its neighbours; in float32 any implementation gets that plus or minus the
+    rounding of the sum it comes from (ours 2.1e-8). AdamW's first update is g / (|g| + 1e-8), so there rounding decides how
+    far the weight moves, and the steps after it feel that. Neither side is wrong.
+    """
     record = records.read(name)
-    key, index, recorded = LOST_IN_ROUNDING[name]
+    key, index = LOST_IN_ROUNDING[name]
     step = record.step(0)
     gradients = {}
     for dtype in (torch.float32, torch.float64):
@@ -154,5 +158,5 @@ def test_the_gradient_lost_in_rounding(name):
     exact = gradients[torch.float64]
     roundings = (gradients[torch.float32] - exact).abs()
     assert exact.abs().median() > 1e5 * exact[index].abs()  # nothing beside its neighbours,
-    assert abs(recorded - exact[index]) < 2 * roundings.median()  # known no better than they are in float32,
+    assert abs(gradients[torch.float32][index] - exact[index]) < 2 * roundings.median()  # known no better than they are in float32,
     assert exact[index].abs() < 5 * 1e-8  # and of the size of AdamW's epsilon

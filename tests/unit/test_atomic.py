@@ -1,0 +1,59 @@
+import errno
+import os
+import stat
+import sys
+
+import pytest
+
+from library.atomic import atomic_file, write_atomic
+from library.errors import UserError
+
+
+def test_the_file_appears_whole_with_ordinary_permissions(tmp_path):
+    path = tmp_path / "new" / "a.bin"
+    write_atomic(path, b"12345")
+    assert path.read_bytes() == b"12345"
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.bin"]
+    if sys.platform != "win32":
+        other = tmp_path / "plain"
+        other.write_bytes(b"")
+        assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+
+
+def test_text_is_utf8_without_translated_newlines(tmp_path):
+    write_atomic(tmp_path / "a.txt", "é\n")
+    assert (tmp_path / "a.txt").read_bytes() == b"\xc3\xa9\n"
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("stop"), KeyboardInterrupt()])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, failure):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(type(failure)):
+        with atomic_file(path) as file:
+            file.write(b"half of the new")
+            raise failure
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_to_the_user(tmp_path):
+    with pytest.raises(UserError, match="no space left .*a.bin; free some space"):
+        with atomic_file(tmp_path / "a.bin"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_told_to_the_user(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises((UserError, OSError)):
+        write_atomic(tmp_path / "file" / "a.bin", b"1")
+
+
+def test_the_position_may_be_moved_back(tmp_path):
+    """The checkpoint writer fills in a hash at the beginning once it knows it."""
+    with atomic_file(tmp_path / "a.bin") as file:
+        file.write(b"0000-data")
+        file.seek(0)
+        file.write(b"1234")
+    assert (tmp_path / "a.bin").read_bytes() == b"1234-data"

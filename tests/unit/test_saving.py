@@ -1,0 +1,90 @@
+import re
+
+import pytest
+
+from library.saving import Saver, epochs_between_saves, outdated
+
+
+class Folder:
+    """A saver whose files are empty; ``run`` goes through a whole run as the loop does."""
+
+    def __init__(self, path, **settings):
+        self.path, self.written = path, []
+        self.saver = Saver(path, "m", write=self.write, **{"total_epochs": 4, **settings})
+
+    def write(self, path, info):
+        path.write_bytes(b"")
+        self.written.append((path.name, info["step"], info["epoch"]))
+
+    def run(self, steps, steps_per_epoch):
+        for step in range(1, steps + 1):
+            epoch = (step - 1) // steps_per_epoch + 1
+            self.saver.after_step(step, epoch)
+            if step % steps_per_epoch == 0:
+                self.saver.after_epoch(epoch, step)
+        self.saver.final(steps, epoch)
+        return sorted(entry.name for entry in self.path.iterdir())
+
+
+def test_only_the_final_file_without_settings(tmp_path):
+    folder = Folder(tmp_path)
+    assert folder.run(8, 2) == ["m.safetensors"]
+    assert folder.written == [("m.safetensors", 8, 4)]
+
+
+def test_names_of_steps(tmp_path):
+    assert Folder(tmp_path, every_n_steps=3).run(8, 2) == ["m-step00000003.safetensors", "m-step00000006.safetensors", "m.safetensors"]
+
+
+def test_the_last_epoch_is_the_final_file(tmp_path):
+    assert Folder(tmp_path, every_n_epochs=1).run(8, 2) == ["m-000001.safetensors", "m-000002.safetensors", "m-000003.safetensors", "m.safetensors"]
+
+
+@pytest.mark.parametrize(("every", "ratio", "epochs", "expected"), [(None, None, 9, None), (0, None, 9, None), (2, None, 9, 2), (None, 4, 9, 2),
+                                                                    (None, 20, 9, 1)])
+def test_epochs_between_saves(every, ratio, epochs, expected):
+    assert epochs_between_saves(every, ratio, epochs) == expected
+
+
+def test_retention_counts_steps_and_spares_everything_else(tmp_path):
+    for name in ("m-step00000001.safetensors", "m-step00000099.safetensors", "m-step00000002.ckpt", "other-step00000001.safetensors", "m-000001.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    left = Folder(tmp_path, every_n_steps=2, last_n_steps=4).run(8, 8)
+    assert left == sorted(["m-step00000006.safetensors", "m-step00000008.safetensors", "m-step00000099.safetensors", "m-step00000002.ckpt",
+                           "other-step00000001.safetensors", "m-000001.safetensors", "m.safetensors"])
+
+
+def test_retention_of_epochs(tmp_path):
+    assert Folder(tmp_path, every_n_epochs=1, last_n_epochs=2).run(8, 2) == ["m-000002.safetensors", "m-000003.safetensors", "m.safetensors"]
+
+
+def test_a_protected_file_is_never_removed(tmp_path):
+    start = tmp_path / "m-step00000001.safetensors"
+    start.write_bytes(b"the model this run started from")
+    Folder(tmp_path, every_n_steps=2, last_n_steps=2, protected=[start]).run(8, 8)
+    assert start.read_bytes() == b"the model this run started from"
+
+
+def test_old_files_go_only_after_the_new_one_stands(tmp_path):
+    folder = Folder(tmp_path, every_n_steps=1, last_n_steps=1)
+    folder.saver.after_step(1, 1)
+
+    def fails(path, info):
+        raise OSError("disk full")
+
+    folder.saver._write_file = fails
+    with pytest.raises(OSError):
+        folder.saver.after_step(2, 1)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m-step00000001.safetensors"]
+
+
+def test_an_emergency_saves_the_last_complete_step_once(tmp_path):
+    folder = Folder(tmp_path, every_n_steps=2)
+    assert folder.saver.emergency(0, 0) is None
+    folder.saver.after_step(2, 1)
+    assert folder.saver.emergency(2, 1) == tmp_path / "m-step00000002.safetensors" and len(folder.written) == 1
+    assert folder.saver.emergency(3, 1) == tmp_path / "m-step00000003.safetensors" and len(folder.written) == 2
+
+
+def test_numbers_above_the_current_one_belong_to_another_run():
+    assert outdated(["a-1", "a-5", "a-9"], re.compile(r"a-(\d)"), current=6, keep=1) == ["a-1", "a-5"]
