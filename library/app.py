@@ -1,7 +1,8 @@
 """From a command line to an exit status: the only place that turns errors into words and codes.
 
 Exit status: 0 done (or stopped by a signal with everything saved), 2 a mistake the user can mend (one line each on
-stderr, no stack trace), 130 stopped at once by a second Ctrl-C. Anything else is a defect of ours and keeps its trace.
+stderr, no stack trace), 130 stopped at once by Ctrl-C: before training, or the second one. Anything else is a defect of
+ours and keeps its trace.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main(entry: Entry, argv: Sequence[str]) -> int:
         _report(error.problems)
         return 2
     except KeyboardInterrupt:
-        _report(["stopped at once by a second Ctrl-C; files already complete are untouched"])
+        _report(["stopped by Ctrl-C; files that were complete are untouched, nothing is half-written"])
         return 130
     except Exception as error:
         lines = _known_failure(error)

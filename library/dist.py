@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
+
+from library.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
 
+# While the first rank encodes a dataset, draws previews or writes 24 GB to a slow disk, the others wait at the next exchange.
+# torch's own limit of ten minutes would end the run there; a rank that died is noticed by the launcher without it.
+LONGEST_WAIT = timedelta(days=7)
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,13 +68,23 @@ def open_runtime(mixed_precision: str, seed: int) -> Runtime:
     accelerate is used for launch, devices and replication. Autocast, accumulation and the order of samples are ours:
     they must be the same for every launcher and exact after a resume.
     """
-    from accelerate.utils import set_seed
-
-    accelerator = Accelerator(mixed_precision="no")
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    # Without a device, accelerate joins the processes only when told so: each would train alone and write the same files.
+    accelerator = Accelerator(mixed_precision="no", cpu=launched > 1 and not torch.accelerator.is_available(),
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    if accelerator.num_processes != launched:
+        raise UserError(f"{launched} processes were started, but accelerate joins only {accelerator.num_processes}",
+                        remedy="start one process (plain python), or as many as there are devices")
     set_seed(seed)
     return Runtime(accelerator, accelerator.device, accelerator.process_index, accelerator.num_processes, DTYPES[mixed_precision])
 
 
-def launcher_is_gone(parent: int = os.getppid()) -> bool:
-    """True once the process that started this one has died (``accelerate launch`` does not pass signals on)."""
-    return os.name != "nt" and os.getppid() != parent
+_LAUNCHER = os.getppid() if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None
+
+
+def launcher_is_gone() -> bool:
+    """True once the launcher that started this process has died: it does not pass signals on, and nobody would notice.
+
+    A shell is no launcher: a run started with nohup goes on after the terminal is closed.
+    """
+    return _LAUNCHER is not None and os.name != "nt" and os.getppid() != _LAUNCHER

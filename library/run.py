@@ -57,32 +57,32 @@ def run(entry: Entry, config: Config) -> None:
     table.find(optimizer.optimizer_type)
     data = read_data(config)
     table.check(optimizer.optimizer_type, optimizer.optimizer_args)  # tries it out, which takes torch
-    with stop_requested() as stop:
-        arch = importlib.import_module(entry.architecture).open_architecture(config.model, config.architecture)
-        method = importlib.import_module(entry.method)
-        for line in arch.describe().splitlines():
-            log.info(line)
+    arch = importlib.import_module(entry.architecture).open_architecture(config.model, config.architecture)
+    method = importlib.import_module(entry.method)
+    for line in arch.describe().splitlines():
+        log.info(line)
 
-        from library.dist import open_runtime
-        from library.encode import encode_all
-        from library.loop import train
-        from library.outputs import Outputs
+    from library.dist import open_runtime
+    from library.encode import encode_all
+    from library.loop import train
+    from library.outputs import Outputs
 
-        runtime = open_runtime(config.precision.mixed_precision, general.seed)
-        plan = bucket.StepPlan(data.items, batch_sizes=data.batch_sizes, seed=general.seed, world_size=runtime.world_size,
-                               accumulation=config.training.gradient_accumulation_steps)
-        total_steps = count_steps(config, plan.steps_per_epoch)
-        course = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
-        encoded = encode_all(arch, runtime, config.caching, data.items, max(data.batch_sizes), data.prompts)
-        denoiser = arch.load_denoiser(runtime.device, weights_dtype(config))
-        groups = method.prepare(denoiser, optimizer.learning_rate)
-        task = build_task(config, runtime, arch, denoiser, groups, encoded, data, plan, course, total_steps)
-        with Outputs(config, runtime, arch, method, denoiser, encoded, data.prompts, data.resolution,
-                     total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch) as outputs:
-            log.info("%d pictures, %d steps an epoch, %d steps in all; ready after %.1f s",
-                     len(data.items), plan.steps_per_epoch, total_steps, time.monotonic() - started)
-            outputs.before_training()
-            done = 0 if stop.requested else train(task, stop, outputs.after_step)
+    runtime = open_runtime(config.precision.mixed_precision, general.seed)
+    plan = bucket.StepPlan(data.items, batch_sizes=data.batch_sizes, seed=general.seed, world_size=runtime.world_size,
+                           accumulation=config.training.gradient_accumulation_steps)
+    total_steps = count_steps(config, plan.steps_per_epoch)
+    course = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
+    encoded = encode_all(arch, runtime, config.caching, data.items, max(data.batch_sizes), data.prompts)
+    denoiser = arch.load_denoiser(runtime.device, weights_dtype(config))
+    groups = method.prepare(denoiser, optimizer.learning_rate)
+    task = build_task(config, runtime, arch, denoiser, groups, encoded, data, plan, course, total_steps)
+    with Outputs(config, runtime, arch, method, denoiser, encoded, data.prompts, data.resolution,
+                 total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch) as outputs:
+        log.info("%d pictures, %d steps an epoch, %d steps in all; ready after %.1f s",
+                 len(data.items), plan.steps_per_epoch, total_steps, time.monotonic() - started)
+        outputs.before_training()
+        with stop_requested() as stop:  # until here a signal ends the run at once: there is nothing to save yet
+            done = train(task, stop, outputs.after_step)
             outputs.finish(done, stop.signal_name)
 
 
