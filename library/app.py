@@ -7,6 +7,7 @@ ours and keeps its trace.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def main(entry: Entry, argv: Sequence[str]) -> int:
     except OutputWritten as written:
         print(written)
     except UserError as error:
-        _report(error.problems)
+        _report(error.problems, of_one_process=error.of_one_process)
         return 2
     except KeyboardInterrupt:
         _report(["stopped by Ctrl-C; files that were complete are untouched, nothing is half-written"])
@@ -44,9 +45,9 @@ def main(entry: Entry, argv: Sequence[str]) -> int:
     return 0
 
 
-def _report(problems: Sequence[str]) -> None:
+def _report(problems: Sequence[str], of_one_process: bool = False) -> None:
     """One line per problem, from the first process only: eight ranks would say it eight times."""
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" and not of_one_process:
         return
     sys.stdout.flush()
     for problem in problems:
@@ -61,6 +62,10 @@ def _known_failure(error: Exception) -> list[str] | None:
         return [f"out of memory on the device: {str(error).splitlines()[0]}; lower --train_batch_size or the resolution, "
                 "add --gradient_checkpointing, --cache_latents and --cache_text_encoder_outputs, "
                 "or use --optimizer_type AdamW8bit or Adafactor"]
+    if type(error).__name__ == "DistBackendError" or (isinstance(error, RuntimeError) and "Connection closed by peer" in str(error)):
+        return ["another process of this run has ended; its own message tells why"]
+    if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", -1)):
+        return ["no space left on the disk; free some space, or write to another disk (--output_dir, --logging_dir, --cache_dir)"]
     if isinstance(error, OSError) and error.filename is not None:
         return [f"{Path(os.fsdecode(error.filename))}: {error.strerror or error}; check the path, its permissions and the free space"]
     return None

@@ -6,8 +6,9 @@ It is redrawn from the PNGs on disk, so it goes on growing after a restart.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -21,6 +22,8 @@ MIN_CELL = 64
 MAX_SHEET_HEIGHT = 16384  # with very many prompts the thumbnails shrink instead
 LABEL_WIDTH = 250
 MARGIN, GAP = 28, 10
+# The usual fonts for Chinese, Japanese and Korean on Linux, macOS and Windows.
+CJK_FONTS = ("NotoSansCJK-Regular.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc", "msyh.ttc", "malgun.ttf", "YuGothM.ttc")
 PAPER, INK, FAINT, EMPTY = "#fbfaf8", "#22211f", "#8b8781", "#efece7"
 
 
@@ -100,7 +103,7 @@ def _row(prompt: Prompt, index: int, steps: Sequence[int], found: Mapping[tuple[
 
 def draw(rows: Sequence[Row], steps: Sequence[int], title: str) -> Image.Image:
     """The whole sheet: title, step numbers on top, prompts on the left."""
-    title_font, step_font, text_font, detail_font = (ImageFont.load_default(size) for size in (24, 18, 17, 13))
+    title_font, step_font, detail_font = font_for(title, 24), ImageFont.load_default(18), ImageFont.load_default(13)
     limit = max(MIN_CELL, min(CELL, MAX_SHEET_HEIGHT // max(1, len(rows)) - GAP))
     sizes = [_thumbnail_size(row.size, limit) for row in rows]
     column_width = max(max(width for width, _ in sizes), 120)  # room for the step number
@@ -117,7 +120,7 @@ def draw(rows: Sequence[Row], steps: Sequence[int], title: str) -> Image.Image:
         if step == 0:
             pen.text((middle, top - 12), "before training", FAINT, font=detail_font, anchor="ms")
     for row, (cell_width, cell_height) in zip(rows, sizes, strict=True):
-        _draw_label(pen, row, (MARGIN, top, LABEL_WIDTH - 6, cell_height), text_font, detail_font)
+        _draw_label(pen, row, (MARGIN, top, LABEL_WIDTH - 6, cell_height), font_for(row.text, 17), detail_font)
         for column, path in enumerate(row.pictures):
             x = left + column * (column_width + GAP) + (column_width - cell_width) // 2
             thumbnail = _thumbnail(path, (cell_width, cell_height))
@@ -159,6 +162,36 @@ def _draw_label(pen: ImageDraw.ImageDraw, row: Row, box: tuple[int, int, int, in
         y += line_height
     if y + 16 <= box[1] + height:
         pen.text((x, y + 2), row.detail, FAINT, font=detail_font)
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """The first of the fonts at hand that can draw all of ``text``, or else the one that draws most of it."""
+    best, best_missing = None, 0
+    for font in _fonts(size):
+        missing = _undrawable(text, font)
+        if best is None or missing < best_missing:
+            best, best_missing = font, missing
+        if missing == 0:
+            break
+    return best
+
+
+def _fonts(size: int) -> Iterator[ImageFont.FreeTypeFont]:
+    """Pillow's own, which knows hardly more than ASCII; DejaVu Sans, which matplotlib brings along; then the system's."""
+    yield ImageFont.load_default(size)
+    matplotlib = find_spec("matplotlib")  # looked up, not imported: only its folder is needed
+    shipped = [str(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf")] if matplotlib else []
+    for name in [*shipped, *CJK_FONTS]:
+        try:
+            yield ImageFont.truetype(name, size)
+        except OSError:
+            pass  # not on this system
+
+
+def _undrawable(text: str, font: ImageFont.FreeTypeFont) -> int:
+    """How many different characters of ``text`` the font shows as its sign for a missing one."""
+    absent = bytes(font.getmask("\U0010fffe"))  # a code point that is never assigned
+    return sum(bytes(font.getmask(character)) == absent for character in set(text) if not character.isspace())
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -46,6 +46,14 @@ class Runtime:
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(value, reduction="sum") if self.world_size > 1 else value
 
+    def join_over_ranks(self, names: list[str]) -> list[str]:
+        """The names of all ranks, without repeats, in the same order everywhere."""
+        if self.world_size == 1:
+            return names
+        gathered: list[list[str]] = [[] for _ in range(self.world_size)]
+        torch.distributed.all_gather_object(gathered, names)
+        return list(dict.fromkeys(name for part in gathered for name in part))
+
     def any_rank(self, flag: bool) -> bool:
         """True everywhere as soon as one rank says so (ranks must agree on when to stop)."""
         if self.world_size == 1:

@@ -13,6 +13,8 @@ class UserError(ValueError):
     ``message``, the file, line or key in ``place`` and the setting to change (and to what) in ``remedy``.
     """
 
+    of_one_process = False  # True: other processes of the run do not know of it, so this one has to tell
+
     def __init__(self, message: str, *, place: str = "", remedy: str = ""):
         self.message, self.place, self.remedy = message, place, remedy
         line = f"{place}: {message}" if place else message

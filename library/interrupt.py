@@ -15,9 +15,13 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 @dataclass
 class StopRequest:
-    """``requested`` is read by the loop after every step; ``signal_name`` is the signal that came first."""
+    """``requested`` is read by the loop after every step; ``signal_name`` is the signal that came first.
+
+    Set ``settled`` when everything is saved: what follows takes a second, and a second Ctrl-C need not break it off.
+    """
 
     signal_name: str | None = None
+    settled: bool = False
 
     @property
     def requested(self) -> bool:
@@ -39,7 +43,7 @@ def stop_requested() -> Iterator[StopRequest]:
 
     def handle(number: int, _frame) -> None:
         if request.requested:
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and not request.settled:
                 raise KeyboardInterrupt
             return
         request.signal_name = signal.Signals(number).name

@@ -6,6 +6,7 @@ import csv
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def setup_logging(level: str, file: Path | None, simple: bool, is_main: bool) ->
     log.propagate = False
     for library in ("transformers", "diffusers", "bitsandbytes", "accelerate", "torch.distributed"):
         logging.getLogger(library).setLevel(logging.ERROR)  # what they advise is not for the users of a script
+    # Autocast over float32 weights: what torch then says about its fused kernel, nobody can act on.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     log.setLevel(level if is_main else logging.ERROR)
 
 

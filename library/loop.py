@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from library.architectures.base import Architecture
 from library.data.bucket import StepPlan
-from library.data.dataset import Batch, TrainingData, batches
+from library.data.dataset import Batch, StepMicro, TrainingData, batches
 from library.dist import Runtime, launcher_is_gone
 from library.encode import Encoded
 from library.errors import UserError
@@ -65,7 +65,7 @@ def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None
     """
     done = task.first_step
     started = time.perf_counter()
-    groups = batches(task.data, task.plan, task.runtime.rank, task.first_step, task.total_steps, task.workers)
+    groups = _read(task)
     with closing(groups):
         for group in groups:
             losses = [_backward(task, batch, group.step, group.real_samples, last=index == len(group.micro) - 1)
@@ -73,10 +73,10 @@ def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None
             try:
                 update = task.updater.after_backward(group.step, task.total_steps, True, task.scaler)
             except NonFinite as error:
-                raise _not_finite(group.step + 1, losses, group.micro) or error from error
+                raise _not_finite(task.runtime, group.step + 1, losses, group.micro) or error from error
             loss = task.runtime.sum_over_ranks(torch.stack([part.sum() for part in losses]).sum()).item() / group.real_samples
             if not math.isfinite(loss) and not update.skipped:
-                raise _not_finite(group.step + 1, losses, group.micro)
+                raise _not_finite(task.runtime, group.step + 1, losses, group.micro)
             done = group.step + 1
             now = time.perf_counter()
             after_step(StepReport(done, group.epoch, done % task.plan.steps_per_epoch == 0, loss, update,
@@ -85,6 +85,15 @@ def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None
             if task.runtime.any_rank(stop.requested or launcher_is_gone()):
                 break
     return done
+
+
+def _read(task: Task) -> Generator[StepMicro, None, None]:
+    """The steps of this rank. A picture that only this rank reads, and cannot read, is told by this rank."""
+    try:
+        yield from batches(task.data, task.plan, task.runtime.rank, task.first_step, task.total_steps, task.workers)
+    except UserError as error:
+        error.of_one_process = True
+        raise
 
 
 def _backward(task: Task, batch: Batch, step: int, samples: int, last: bool) -> torch.Tensor:
@@ -105,11 +114,12 @@ def _backward(task: Task, batch: Batch, step: int, samples: int, last: bool) -> 
     return losses.detach()
 
 
-def _not_finite(step: int, losses: list[torch.Tensor], micro: tuple[Batch, ...]) -> UserError | None:
+def _not_finite(runtime: Runtime, step: int, losses: list[torch.Tensor], micro: tuple[Batch, ...]) -> NonFinite | None:
     """The error that names the pictures whose loss is NaN or infinite; None when every loss is finite."""
-    names = [path for part, batch in zip(losses, micro) for value, path in zip(part.tolist(), batch.paths) if not math.isfinite(value)]
+    here = [path for part, batch in zip(losses, micro) for value, path in zip(part.tolist(), batch.paths) if not math.isfinite(value)]
+    names = runtime.join_over_ranks(here)
     if not names:
         return None
-    return UserError(f"the loss is NaN or infinite for {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}", place=f"step {step}",
+    return NonFinite(f"the loss is NaN or infinite for {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}", place=f"step {step}",
                      remedy="lower --learning_rate or raise --lr_warmup_steps, and look at these pictures and captions; "
                             "the weights of this step were not saved, earlier files are untouched")

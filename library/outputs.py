@@ -20,6 +20,7 @@ from library.dist import Runtime
 from library.encode import Encoded
 from library.log import Progress, StepLog, log
 from library.loop import StepReport
+from library.optim.updater import NonFinite
 from library.plots import write_loss_curve
 from library.prompts import Prompt
 from library.saving import Saver
@@ -42,7 +43,7 @@ class Outputs:
         self.saver = Saver(
             self.folder, self.name, total_epochs=math.ceil(total_steps / steps_per_epoch), write=self._write,
             every_n_steps=saving.save_every_n_steps, every_n_epochs=saving.save_every_n_epochs, n_epoch_ratio=saving.save_n_epoch_ratio,
-            last_n_steps=saving.save_last_n_steps, last_n_epochs=saving.save_last_n_epochs, protected=self._inputs(),
+            last_n_steps=saving.save_last_n_steps, last_n_epochs=saving.save_last_n_epochs, protected=arch.files(),
         )
         main = runtime.is_main
         if main:
@@ -50,6 +51,7 @@ class Outputs:
         self.step_log = StepLog(self.folder / f"{self.name}_log.csv" if main else None)
         self.tracker = open_tracker(config.logging, public_settings(config) if config.logging.log_config else None, main)
         self.progress = Progress(total_steps, 0, main)
+        self.done = 0
 
     def __enter__(self) -> Outputs:
         return self
@@ -65,6 +67,7 @@ class Outputs:
 
     def after_step(self, report: StepReport) -> None:
         """Log, save and draw what is due after one optimizer step."""
+        self.done = report.step
         self.progress.update(report.step, report.loss, report.seconds, report.samples, report.peak_bytes)
         values = {"loss": report.loss, "learning_rate": report.update.learning_rate, "grad_norm": report.update.grad_norm,
                   "seconds": report.seconds, "images_per_second": report.samples / report.seconds, "peak_bytes": report.peak_bytes}
@@ -77,7 +80,7 @@ class Outputs:
         self._preview(report.step, report.epoch + 1, report.epoch_ended)
 
     def finish(self, done: int, signal_name: str | None) -> None:
-        """The final file or, when training was stopped early, a file of the last complete step; then the loss curve."""
+        """The final file or, when training was stopped early, a file of the last complete step."""
         if not self.runtime.is_main:
             return
         self.progress.close()
@@ -88,10 +91,24 @@ class Outputs:
             saved = self.saver.emergency(done, epoch)
             log.warning("stopped by %s after step %d of %d; %s", signal_name or "the end of its launcher", done, self.total_steps,
                         f"the weights are in {saved}" if saved else "nothing had been trained yet")
+
+    def draw_curve(self, done: int) -> None:
+        """The loss curve, on disk and in the trackers."""
         curve = self.folder / f"{self.name}_loss.png"
-        if write_loss_curve(self.folder / f"{self.name}_log.csv", curve, self.name):
+        if self.runtime.is_main and write_loss_curve(self.folder / f"{self.name}_log.csv", curve, self.name):
             self.tracker.picture(done, curve)
             log.info("loss curve: %s", curve)
+
+    def rescue(self, error: Exception) -> None:
+        """Training broke off, perhaps after days, for a reason that leaves the weights good: a picture that went away, a preview
+        that did not fit the memory. Keep them. Not after a NaN: then earlier files are the better ones."""
+        if not self.runtime.is_main or self.done == 0 or isinstance(error, NonFinite):
+            return
+        try:
+            saved = self.saver.emergency(self.done, math.ceil(self.done / self.steps_per_epoch))
+            log.warning("broke off after step %d of %d; the weights are in %s", self.done, self.total_steps, saved)
+        except Exception as second:  # the first error is the one to tell
+            log.error("the weights of step %d could not be saved: %s", self.done, second)
 
     def _preview(self, step: int, epoch: int, epoch_ended: bool, at_first: bool = False) -> None:
         sampling = self.config.sampling
@@ -128,8 +145,3 @@ class Outputs:
             )
         self.method.export(self.arch, self.denoiser, path, STORED[saving.stored_dtype(self.config.weights_dtype)], metadata)
         log.info("saved %s (%.2f GB in %.1f s)", path, path.stat().st_size / 1e9, time.monotonic() - started)
-
-    def _inputs(self) -> tuple[Path, ...]:
-        """What retention must never delete, should the input lie in the output folder under one of its names."""
-        path = Path(str(self.config.model.pretrained_model_name_or_path))
-        return (path,) if path.exists() else ()

@@ -168,8 +168,10 @@ class _Builder:
         if text is None or len(self.errors) > errors_before:
             return
         prompt = replace(self.defaults, text=text.strip(), place=self.place(line), **fields)
-        if fields.get("negative") and prompt.cfg == 1:
-            self.notes.append(f"{prompt.place}: the negative prompt has no effect while the CFG scale is 1 "
+        if prompt.cfg < 1:
+            self.notes.append(f"{prompt.place}: a CFG scale of {prompt.cfg:g} means no guidance, like 1")
+        if fields.get("negative") and prompt.cfg <= 1:
+            self.notes.append(f"{prompt.place}: the negative prompt has no effect while the CFG scale is not above 1 "
                               "(--l, or scale in TOML and JSON)")
         self.prompts.append(replace(prompt, width=self._round(prompt, "width"), height=self._round(prompt, "height")))
 

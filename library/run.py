@@ -8,15 +8,19 @@ from __future__ import annotations
 import importlib
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.config.parse import Config, Entry
+from library.checkpoint.metadata import thumbnail_url
 from library.data import bucket, scan, spec
+from library.errors import UserError, raise_all
 from library.interrupt import stop_requested
 from library.log import log, setup_logging
 from library.optim import schedule, table
 from library.prompts import Prompt, parse_prompts, with_seeds
+from library.saving import endangered
 
 if TYPE_CHECKING:
     import torch
@@ -54,13 +58,15 @@ def run(entry: Entry, config: Config) -> None:
     for note in config.notes:
         log.info(note)
     optimizer = config.optimizer
-    table.find(optimizer.optimizer_type)
-    data = read_data(config)
+    data = read_data(config, also=[lambda: table.find(optimizer.optimizer_type), lambda: _check_thumbnail(config)])
     table.check(optimizer.optimizer_type, optimizer.optimizer_args)  # tries it out, which takes torch
     arch = importlib.import_module(entry.architecture).open_architecture(config.model, config.architecture)
     method = importlib.import_module(entry.method)
     for line in arch.describe().splitlines():
         log.info(line)
+    for path in endangered(config.saving.output_dir, config.saving.output_name, arch.files()):
+        raise UserError(f"this run would write over {path}, which it reads", place=config.place("output_name"),
+                        remedy="choose another --output_name or --output_dir")
 
     from library.dist import open_runtime
     from library.encode import encode_all
@@ -82,24 +88,49 @@ def run(entry: Entry, config: Config) -> None:
                  len(data.items), plan.steps_per_epoch, total_steps, time.monotonic() - started)
         outputs.before_training()
         with stop_requested() as stop:  # until here a signal ends the run at once: there is nothing to save yet
-            done = train(task, stop, outputs.after_step)
+            try:
+                done = train(task, stop, outputs.after_step)
+            except Exception as error:
+                outputs.rescue(error)
+                raise
             outputs.finish(done, stop.signal_name)
+            stop.settled = True
+            outputs.draw_curve(done)
 
 
-def read_data(config: Config) -> DataPlan:
-    """Dataset file, pictures' headers, captions and preview prompts."""
+def read_data(config: Config, also: Sequence[Callable[[], object]] = ()) -> DataPlan:
+    """Dataset file, pictures' headers, captions and preview prompts. Mistakes in all of them, and in ``also``, are told together."""
     step = config.architecture.latent.pixel_step
-    specs = spec.load(config.dataset.dataset_config, config.dataset, step)
-    items = scan.scan(specs)
-    for line in bucket.report(items):
-        log.info(line)
-    prompts: tuple[Prompt, ...] = ()
-    if config.sampling.sample_prompts is not None and config.sampling.scheduled:
+
+    def read_pictures() -> tuple[tuple[spec.DatasetSpec, ...], tuple[scan.Item, ...]]:
+        specs = spec.load(config.dataset.dataset_config, config.dataset, step)
+        return specs, scan.scan(specs)
+
+    def read_prompts() -> tuple[Prompt, ...]:
+        if config.sampling.sample_prompts is None or not config.sampling.scheduled:
+            return ()
         parsed = parse_prompts(config.sampling.sample_prompts, step)
         for note in parsed.notes:
             log.info(note)
-        prompts = with_seeds(parsed.prompts)
+        return with_seeds(parsed.prompts)
+
+    results, errors = [], []
+    for read in (read_pictures, read_prompts, *also):
+        try:
+            results.append(read())
+        except UserError as error:
+            errors.append(error)
+    raise_all(errors)
+    (specs, items), prompts = results[:2]
+    for line in bucket.report(items):
+        log.info(line)
     return DataPlan(specs, items, prompts)
+
+
+def _check_thumbnail(config: Config) -> None:
+    """Before the training, and not when its result is to be saved."""
+    if config.metadata.metadata_thumbnail is not None and not config.metadata.no_metadata:
+        thumbnail_url(config.metadata.metadata_thumbnail)
 
 
 def count_steps(config: Config, steps_per_epoch: int) -> int:

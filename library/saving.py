@@ -31,6 +31,15 @@ def epochs_between_saves(every_n_epochs: int | None, n_epoch_ratio: int | None, 
     return every_n_epochs or None
 
 
+def endangered(output_dir: Path, output_name: str, inputs: Iterable[Path]) -> list[Path]:
+    """Of ``inputs`` those that a run with this folder and name would sooner or later write over."""
+    ours = re.compile(rf"{re.escape(output_name)}(-step\d{{8,}}|-\d{{6,}})?{re.escape(SUFFIX)}")
+    folder = output_dir.resolve()
+    places = {path: {path.absolute(), path.resolve()} for path in inputs}  # a link would be replaced itself
+    return sorted(path for path, both in places.items()
+                  if any(place.parent.resolve() == folder and ours.fullmatch(place.name) for place in both))
+
+
 def outdated(names: Iterable[str], pattern: re.Pattern[str], current: int, keep: int) -> list[str]:
     """Of ``names`` those of ``pattern`` (one group: the number) that are ``keep`` or more behind ``current``.
 

@@ -53,7 +53,11 @@ class TensorBoardSink:
     def __init__(self, folder: Path, arguments: Mapping[str, Any]):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), **arguments)
+        try:
+            self.writer = SummaryWriter(str(folder), **arguments)
+        except TypeError as error:
+            raise UserError(f"TensorBoard's SummaryWriter refuses its arguments: {error}", place="--log_tracker_config",
+                            remedy="correct or remove them in [tensorboard]") from error
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -105,6 +109,10 @@ def open_tracker(options: LoggingOptions, settings: str | None, is_main: bool) -
     if not is_main or not options.trackers:
         return Tracker([])
     extra = load_toml(options.log_tracker_config)[0] if options.log_tracker_config else {}
+    stray = [name for name, value in extra.items() if name not in ("tensorboard", "wandb") or not isinstance(value, dict)]
+    if stray:
+        raise UserError(f"{stray[0]!r} is not a table of a tracker", place=str(options.log_tracker_config),
+                        remedy="write [tensorboard] or [wandb] and the arguments below it")
     sinks: list[Sink] = []
     for name in options.trackers:
         if name == "tensorboard":

@@ -13,6 +13,7 @@ channel and the norm would erase every channel's mean; hence 64 channels everywh
 """
 
 import argparse
+import math
 import random
 import sys
 import time
@@ -128,29 +129,65 @@ def psnr(vae, batches: list[Tensor]) -> list[float]:
     return values
 
 
-def fit(vae, pictures: list[Image.Image], *, minutes: float, seed: int, learning_rate: float, crops_share: float) -> None:
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is made orthogonal, for convolutions seen as matrices (Jordan et al. 2024, "Muon").
+
+    Here it fits several dB further than Adam in the same time. Newton-Schulz iteration and its coefficients as published.
+    """
+
+    def __init__(self, parameters, lr: float):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 0.05)
+                matrix = parameter.grad.lerp(momentum, 0.95).flatten(1)  # (out, in * kernel)
+                rows, columns = matrix.shape
+                step = matrix if rows <= columns else matrix.T
+                step = step / (step.norm() + 1e-7)
+                for _ in range(5):
+                    square = step @ step.T
+                    step = 3.4445 * step + (-4.7750 * square + 2.0315 * square @ square) @ step
+                step = step if rows <= columns else step.T
+                parameter.add_(step.reshape_as(parameter), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+
+def make_optimizers(vae) -> list[torch.optim.Optimizer]:
+    """Muon for the inner matrices; AdamW for what meets pixels, for norms and biases."""
+    ends = ("encoder.conv_in.", "decoder.conv_in.", "decoder.conv_out.")
+    inner = [p for name, p in vae.named_parameters() if p.dim() > 1 and not name.startswith(ends)]
+    known = {id(p) for p in inner}
+    rest = [p for p in vae.parameters() if id(p) not in known]
+    return [Muon(inner, lr=1e-2), torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def fit(vae, pictures: list[Image.Image], *, minutes: float, seed: int, crops_share: float, disturbance: float) -> None:
     """Train in place for so many minutes of this process's CPU time."""
     draw, noise = random.Random(seed), torch.Generator().manual_seed(seed)
     batches = whole_pictures(pictures)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizers = make_optimizers(vae)
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     start, reported, step = time.process_time(), 0.0, 0
     while (progress := (time.process_time() - start) / (60 * minutes)) < 1:
-        rate = min(1.0, (step + 1) / 50) * max(0.01, 0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * progress)).item())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate
+        course = min(1.0, (step + 1) / 50) * max(0.01, 0.5 + 0.5 * math.cos(math.pi * progress))
+        for group, learning_rate in groups:
+            group["lr"] = learning_rate * course
         if progress < crops_share:
-            loss = loss_of(vae, random_crops(pictures, 16, draw), noise, 0.15)
-            loss.backward()
+            shown = random_crops(pictures, 12, draw)
         else:
-            for batch in batches:
-                shown = batch if progress > 0.85 else vary(batch, draw)
-                loss = loss_of(vae, shown, noise, 0.15)
-                (loss * len(batch) / len(pictures)).backward()
+            shown = batches[step % len(batches)]
+            shown = vary(shown, draw) if progress < (1 + crops_share) / 2 else shown
+        loss = loss_of(vae, shown, noise, disturbance)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
-        if progress - reported > 1 / 30:
+        if progress - reported > 1 / 25:
             reported = progress
             values = psnr(vae, batches)
             print(f"{progress:4.0%} step {step} loss {loss.item():.4f} dB mean {sum(values) / len(values):.2f} "
@@ -189,13 +226,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("configs/quickstart/toy/ae.safetensors"), metavar="FILE")
     parser.add_argument("--minutes", type=float, default=30, help="CPU time of this process, not of the clock")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--crops_share", type=float, default=0.5, help="part of the time spent on crops, the rest on whole pictures")
+    parser.add_argument("--disturbance", type=float, default=0.1, help="of the latents while fitting, in their deviations")
+    parser.add_argument("--crops_share", type=float, default=0.2, help="part of the time spent on crops, the rest on whole pictures")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     vae, pictures = build(), load_photos(arguments.photos)
-    fit(vae, pictures, minutes=arguments.minutes, seed=arguments.seed, learning_rate=arguments.learning_rate,
-        crops_share=arguments.crops_share)
+    fit(vae, pictures, minutes=arguments.minutes, seed=arguments.seed, crops_share=arguments.crops_share,
+        disturbance=arguments.disturbance)
     batches = whole_pictures(pictures)
     standardise(vae, batches)
     save(vae, arguments.output)

@@ -89,5 +89,8 @@ class Architecture(Protocol):
     def modelspec(self) -> Mapping[str, str]:
         """Architecture and conditioning facts for the file's metadata."""
 
+    def files(self) -> frozenset[Path]:
+        """Every file of weights that this run reads; none of them may be written over."""
+
     def describe(self) -> str:
         """For the log: the variant, and a line per part that says where it was found."""

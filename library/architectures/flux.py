@@ -50,6 +50,10 @@ class Flux:
                             "which has no guidance embedding", remedy="remove --guidance_scale or use a FLUX.1-dev checkpoint")
         self.text_tokens = options.t5xxl_max_token_length or T5_TOKENS[self.file.variant]
 
+    def files(self) -> frozenset[Path]:
+        parts = (self.file.whole, self.parts.ae, self.parts.clip_l, self.parts.t5xxl)
+        return frozenset(path for part in parts for path in part.files)
+
     def describe(self) -> str:
         return self.parts.summary()
 

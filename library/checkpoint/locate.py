@@ -5,6 +5,7 @@ Nothing here knows a model; ``PartSpec`` records (``library/architectures``) say
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,8 @@ def check_exists(path: Path, flag: str) -> None:
 def search_folders(checkpoint: Path) -> tuple[list[Path], list[Path]]:
     """(folders where usual names are looked up, roots of shared model trees that hold one folder per kind)."""
     beside, roots = [], []
-    for path in dict.fromkeys((checkpoint, checkpoint.resolve())):  # a link stands for both its places
+    linked = os.path.abspath(checkpoint) != str(checkpoint.resolve())
+    for path in (checkpoint, checkpoint.resolve()) if linked else (checkpoint,):  # a link stands for both its places
         folder = path if path.is_dir() else path.parent
         beside.append(folder)
         if folder.name in COMPONENT_FOLDERS:

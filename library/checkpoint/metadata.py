@@ -45,11 +45,11 @@ def thumbnail_url(path: Path) -> str:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}", place="metadata_thumbnail", remedy="check the path") from error
+        raise UserError(f"cannot read {path}: {error.strerror}", place="--metadata_thumbnail", remedy="check the path") from error
     kind = next((kind for start, kind in _IMAGE_KINDS.items() if data.startswith(start)), None)
     if kind is None:
-        raise UserError(f"{path} is no PNG, JPEG or WebP picture", place="metadata_thumbnail", remedy="use one of these formats")
+        raise UserError(f"{path} is no PNG, JPEG or WebP picture", place="--metadata_thumbnail", remedy="use one of these formats")
     if len(data) > 1 << 20:
-        raise UserError(f"{path} has {len(data) / 1e6:.1f} MB; it is stored in every saved file", place="metadata_thumbnail",
+        raise UserError(f"{path} has {len(data) / 1e6:.1f} MB; it is stored in every saved file", place="--metadata_thumbnail",
                         remedy="use a picture under 1 MB, for instance a JPEG of 256x256")
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -94,16 +94,26 @@ def _output(config: Config) -> Iterator[Problem]:
         yield conflict(config, "output_name", f"{name!r} is not a file name", "use letters, digits, - _ and . only")
     if folder is None:
         return
-    existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), Path("."))
-    if not existing.is_dir():
-        yield conflict(config, "output_dir", f"{existing} is a file, not a folder", "name another folder")
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        yield conflict(config, "output_dir", f"{existing} is not writable", "name another folder, or change its permissions")
+    yield from _writable(config, "output_dir", folder)
+    for flag, path in (("dataset_config", config.dataset.dataset_config), ("sample_prompts", config.sampling.sample_prompts)):
+        for written in (f"{name}_config.toml", f"{name}_log.csv"):
+            if path is not None and path.exists() and (folder / written).exists() and os.path.samefile(folder / written, path):
+                yield conflict(config, f"output_name output_dir {flag}", f"this run would write over {path}, which --{flag} reads",
+                               "choose another name or folder")
     model = config.model.pretrained_model_name_or_path
     result = folder / f"{name}.safetensors"
     if model is not None and result.exists() and Path(model).exists() and os.path.samefile(result, model):
         yield conflict(config, "output_name output_dir pretrained_model_name_or_path",
                        f"the result would replace the model it starts from: {result}", "choose another name or folder")
+
+
+def _writable(config: Config, flag: str, folder: Path) -> Iterator[Problem]:
+    """``folder`` can be made, or written to."""
+    existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), Path("."))
+    if not existing.is_dir():
+        yield conflict(config, flag, f"{existing} is a file, not a folder", "name another folder")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield conflict(config, flag, f"{existing} is not writable", "name another folder, or change its permissions")
 
 
 def _precision(config: Config) -> Iterator[Problem]:
@@ -189,6 +199,8 @@ def _caching(config: Config) -> Iterator[Problem]:
     if caching.cache_dir is not None and not on_disk:
         yield conflict(config, "cache_dir cache_latents_to_disk cache_text_encoder_outputs_to_disk", "nothing is cached on disk",
                        "add --cache_latents_to_disk or --cache_text_encoder_outputs_to_disk, or leave it out")
+    elif caching.cache_dir is not None:
+        yield from _writable(config, "cache_dir", caching.cache_dir)
 
 
 def _saving(config: Config) -> Iterator[Problem]:
@@ -220,6 +232,8 @@ def _logging(config: Config) -> Iterator[Problem]:
     logging = config.logging
     if "tensorboard" in logging.trackers and logging.logging_dir is None:
         yield conflict(config, "log_with logging_dir", "TensorBoard needs a folder to write to", "add --logging_dir DIR")
+    elif "tensorboard" in logging.trackers:
+        yield from _writable(config, "logging_dir", logging.logging_dir)
     if "wandb" in logging.trackers and importlib.util.find_spec("wandb") is None:
         yield conflict(config, "log_with", "the package wandb is not installed",
                        "run `pip install wandb`, or use --log_with tensorboard")
@@ -237,6 +251,8 @@ def remarks(config: Config) -> tuple[str, ...]:
     if config.sampling.sample_prompts is not None and not config.sampling.scheduled:
         found.append(f"{config.place('sample_prompts')} has no effect: none of --sample_every_n_steps, --sample_every_n_epochs "
                      "and --sample_at_first is given")
+    if config.sampling.sample_every_n_steps and config.sampling.sample_every_n_epochs:
+        found.append(f"{config.place('sample_every_n_epochs')} overrules sample_every_n_steps, as in the dialect")
     if config.origins.get("wandb_api_key") == "command line":
         found.append("--wandb_api_key can be read by other users of this machine; set WANDB_API_KEY instead")
     return tuple(found)

@@ -68,7 +68,7 @@ def load(path: Path, defaults: object, pixel_step: int) -> tuple[DatasetSpec, ..
     reader = _Reader(values, where, defaults)
     specs = tuple(reader.datasets(pixel_step)) if reader.check_structure() else ()
     raise_all(list({str(error): error for error in reader.errors}.values()))  # a shared value may be looked up twice
-    for note in reader.notes:
+    for note in dict.fromkeys(reader.notes):
         log.info(note)
     return specs
 
@@ -163,6 +163,7 @@ class _Reader:
                 table = table.get(step, {}) if isinstance(table, dict) else table[step]
             if name in table:
                 place = self.where.place(*table_path, name)
+                self._note_overruled(KEYS[name].option, table[name], place)
                 return (table[name] if KEYS[name].check(table[name]) is None else None), place
         option = KEYS[name].option
         value = getattr(self.defaults, option, None) if option else None
@@ -176,6 +177,15 @@ class _Reader:
             self.error(f"{value!r} is not {expected}", place, f"give {expected}")
             return None, place
         return value, place
+
+    def _note_overruled(self, option: str | None, value: Any, place: str) -> None:
+        """The file wins over the command line, as in the dialect; whoever gave a flag should hear that it did nothing."""
+        given = getattr(self.defaults, option, None) if option else None
+        known = getattr(type(self.defaults), "__dataclass_fields__", {})
+        if option in known and given != known[option].default:
+            given = _command_line_sides(given) if option == "resolution" else given
+            if given != value:
+                self.notes.append(f"{place}: overrules --{option}, which has no effect here")
 
     def datasets(self, pixel_step: int) -> Iterator[DatasetSpec]:
         for index in range(len(self.values["datasets"])):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from library.errors import UserError
 from library.optim.groups import Group, named_parameters
@@ -68,7 +68,7 @@ class StepAfterBackward:
             scaler.unscale_(self._optimizer)
         trained = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
         assert trained, "no gradient reached any trained parameter"
-        norm_tensor = get_total_norm([parameter.grad for parameter in trained])
+        norm_tensor = _norm([parameter.grad for parameter in trained])
         norm = norm_tensor.item()  # waits for the device
         skipped = not math.isfinite(norm)
         self._skips_in_a_row = self._skips_in_a_row + 1 if skipped else 0
@@ -126,6 +126,11 @@ class StepAfterBackward:
             if state[name]:  # optimizers take an absent entry, not an empty one, for a parameter that was never stepped
                 values = {key: _placed(key, value, parameter, settings[id(parameter)]) for key, value in state[name].items()}
                 self._optimizer.state[parameter] = values
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm over all of them, a float32 scalar: torch's own get_total_norm rounds it to the dtype of the gradients."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32)))
 
 
 def _placed(key: str, value: Any, parameter: Tensor, settings: Mapping[str, Any]) -> Any:

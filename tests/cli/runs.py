@@ -1,0 +1,125 @@
+"""Runs for the command-line tests: several in one process, under a launcher, and ones that are interrupted on their way."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import safe_open
+
+from tests.cli.conftest import ROOT, Done, environment
+
+SCRIPT = "flux_train.py"
+LIMIT = 240  # seconds that a process of these tests may take on a busy machine
+
+# Runs the script again and again as "python flux_train.py ..." does: importing torch and diffusers takes longer than training.
+_SEVERAL = """
+import contextlib, io, json, runpy, sys
+answers = []
+for arguments in json.load(sys.stdin):
+    sys.argv = [{script!r}, *arguments]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path({script!r}, run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    answers.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps(answers))
+"""
+
+
+def launcher(precision: str, **more: object) -> list[str]:
+    """``accelerate launch`` as people type it, up to the script's own flags."""
+    flags = {"num_processes": 1, "num_machines": 1, "mixed_precision": precision, "dynamo_backend": "no", **more}
+    return [sys.executable, "-m", "accelerate.commands.launch", *(str(word) for name, value in flags.items() for word in (f"--{name}", value)),
+            SCRIPT]
+
+
+def launch(command: Sequence[str], *arguments: object) -> Done:
+    """``command`` with ``arguments`` behind it, run to its end."""
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, cwd=ROOT, env=environment(), timeout=LIMIT,
+                          text=True, encoding="utf-8", errors="replace")
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def run_all(*commands: Sequence[object]) -> list[Done]:
+    """The script once with each list of arguments, one after the other in one fresh process."""
+    code = _SEVERAL.format(script=str(ROOT / SCRIPT))
+    done = subprocess.run([sys.executable, "-c", code], input=json.dumps([[str(one) for one in command] for command in commands]), cwd=ROOT,
+                          env=environment(PYTHONPATH=str(ROOT), PYTHONIOENCODING="utf-8"), capture_output=True, text=True, encoding="utf-8",
+                          timeout=LIMIT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [Done(*answer) for answer in json.loads(done.stdout.splitlines()[-1])]
+
+
+class Running:
+    """A command that is under way; its output goes to a file, which nobody has to keep reading."""
+
+    def __init__(self, command: Sequence[object], log: Path):
+        self.log = log
+        with log.open("wb") as file:
+            # A session of its own, so that a Ctrl-C can be sent to the whole group as a terminal does.
+            self.process = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment(), stdout=file, stderr=file,
+                                            start_new_session=True)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def until(self, ready: Callable[[], object], pause: float = 0.02) -> None:
+        """Wait for ``ready()`` while the command runs."""
+        end = time.monotonic() + LIMIT
+        while not ready():
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text}"
+            assert time.monotonic() < end, self.text
+            time.sleep(pause)
+
+    def until_it_says(self, words: str) -> None:
+        self.until(lambda: words in self.text)
+
+    def end(self) -> int:
+        return self.process.wait(LIMIT)
+
+
+@contextmanager
+def running(command: Sequence[object], log: Path) -> Iterator[Running]:
+    """Start ``command``; whatever is left of it is killed at the end of the block."""
+    run = Running(command, log)
+    try:
+        yield run
+    finally:
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.wait(LIMIT)
+
+
+def rows(folder: Path, name: str = "last") -> list[dict[str, float]]:
+    """The CSV of a run: a mapping per finished step (a last line that is still being written is left out)."""
+    path = folder / f"{name}_log.csv"
+    if not path.exists():
+        return []
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(whole.splitlines())]
+
+
+def column(folder: Path, key: str, name: str = "last") -> list[float]:
+    return [row[key] for row in rows(folder, name)]
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def header(path: Path) -> tuple[dict[str, tuple[int, ...]], set[str], dict[str, str]]:
+    """Shapes by name, the dtypes in use, and the metadata. Refuses a file that is cut off, as every reader does."""
+    with safe_open(path, "pt") as file:
+        views = {name: file.get_slice(name) for name in file.keys()}
+        return ({name: tuple(view.get_shape()) for name, view in views.items()}, {view.get_dtype() for view in views.values()},
+                file.metadata() or {})

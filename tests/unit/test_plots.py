@@ -1,0 +1,39 @@
+import pytest
+from PIL import Image
+
+from library.plots import smooth, write_loss_curve
+
+
+def write(path, losses):
+    rows = [f"{step},1,{loss},1e-5\n" for step, loss in enumerate(losses, 1)]
+    path.write_text("step,epoch,loss,learning_rate\n" + "".join(rows), encoding="utf-8")
+    return path
+
+
+def test_the_mean_of_a_constant_is_that_constant_from_the_start():
+    assert smooth([3.0] * 20, 0.9) == pytest.approx([3.0] * 20)
+
+
+def test_the_mean_follows_with_less_noise():
+    noisy = [value + (0.5 if index % 2 else -0.5) for index, value in enumerate([1.0] * 50 + [0.0] * 50)]
+    smoothed = smooth(noisy, 0.8)
+    assert abs(smoothed[49] - 1) < 0.2 and abs(smoothed[99]) < 0.2
+
+
+def test_a_picture_with_both_lines(tmp_path):
+    assert write_loss_curve(write(tmp_path / "log.csv", [1 / step for step in range(1, 60)]), tmp_path / "loss.png", "run")
+    with Image.open(tmp_path / "loss.png") as image:
+        pixels = image.convert("RGB").getcolors(1 << 20)
+        assert image.width > 600
+    assert any(color == (0x1F, 0x4E, 0x79) and count > 300 for count, color in pixels)
+
+
+def test_nothing_to_draw_writes_nothing(tmp_path):
+    assert not write_loss_curve(write(tmp_path / "log.csv", []), tmp_path / "loss.png")
+    assert not write_loss_curve(write(tmp_path / "log.csv", ["nan", "inf", ""]), tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_one_step_is_enough(tmp_path):
+    assert write_loss_curve(write(tmp_path / "log.csv", ["nan", 0.5]), tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 1000

@@ -1,0 +1,122 @@
+import random
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from library.errors import UserError
+from library.preview import due, preserved_random_state, render_all
+from library.prompts import FIRST_SEED, Prompt
+
+PROMPTS = (Prompt("a fox", width=32, height=16), Prompt("K\u00e4tzchen \u732b", seed=5, width=16, height=16, steps=3))
+
+
+def plain(prompt, index):
+    return Image.new("RGB", (prompt.width, prompt.height), (40 * index, 90, 20))
+
+
+@pytest.mark.parametrize(("step", "epoch", "ended", "settings", "expected"), [
+    (0, 0, False, {"every_n_steps": 5}, False),
+    (0, 0, False, {"every_n_steps": 5, "at_first": True}, True),
+    (10, 1, False, {"every_n_steps": 5, "at_first": True}, True),
+    (9, 1, False, {"every_n_steps": 5, "at_first": True}, False),
+    (9, 2, True, {"every_n_epochs": 2}, True),
+    (9, 2, False, {"every_n_epochs": 2}, False),
+    (9, 3, True, {"every_n_epochs": 2}, False),
+    (10, 1, False, {"every_n_steps": 5, "every_n_epochs": 2}, False),  # epochs win where both are set
+    (10, 1, True, {"every_n_steps": 0, "every_n_epochs": 0}, False),
+    (10, 1, False, {"every_n_steps": -5}, False),
+    (10, 1, False, {"every_n_steps": 5, "every_n_epochs": -1}, True),
+    (10, 1, True, {}, False),
+])
+def test_when_previews_are_due(step, epoch, ended, settings, expected):
+    assert due(step, epoch, ended, **settings) is expected
+
+
+def test_one_picture_per_prompt_with_its_settings_in_the_file(tmp_path):
+    rendered = render_all(PROMPTS, plain, tmp_path / "sample", "run", 40)
+    assert [path.name for path in rendered.images] == [f"run_000040_00_{FIRST_SEED}.png", "run_000040_01_5.png"]
+    assert rendered.sheet.name == "run_contact_sheet.png"
+    assert set((tmp_path / "sample").iterdir()) == {*rendered.images, rendered.sheet}
+    with Image.open(rendered.images[1]) as image:
+        assert image.size == (16, 16) and image.getpixel((0, 0)) == (40, 90, 20)
+        texts = {key: image.info[key] for key in ("prompt", "seed", "step", "sample_steps", "size")}
+    assert texts == {"prompt": "K\u00e4tzchen \u732b", "seed": "5", "step": "40", "sample_steps": "3", "size": "16x16"}
+
+
+def test_sample_gets_a_seed_its_position_and_no_gradients(tmp_path):
+    calls = []
+
+    def sample(prompt, index):
+        calls.append((prompt.text, prompt.seed, index, torch.is_grad_enabled()))
+        return plain(prompt, index)
+
+    render_all(PROMPTS, sample, tmp_path, None, 0)
+    assert calls == [("a fox", FIRST_SEED, 0, False), ("K\u00e4tzchen \u732b", 5, 1, False)]
+    assert torch.is_grad_enabled() and (tmp_path / "000000_01_5.png").is_file() and (tmp_path / "contact_sheet.png").is_file()
+
+
+def draws():
+    return torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.random()
+
+
+def restart():
+    torch.manual_seed(1), numpy.random.seed(1), random.seed(1)
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been_drawn(tmp_path):
+    restart()
+    expected = draws()
+    restart()
+
+    def sample(prompt, index):
+        draws()
+        restart()
+        draws()
+        return plain(prompt, index)
+
+    render_all(PROMPTS, sample, tmp_path, "run", 1)
+    assert draws() == expected
+
+
+def test_random_numbers_go_on_after_an_error_too():
+    restart()
+    expected = draws()
+    restart()
+    with pytest.raises(ZeroDivisionError), preserved_random_state():
+        draws()
+        raise ZeroDivisionError
+    assert draws() == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_random_numbers_of_the_device_go_on_too(tmp_path):
+    torch.cuda.manual_seed_all(3)
+    expected = torch.rand(4, device="cuda").tolist()
+    torch.cuda.manual_seed_all(3)
+
+    def sample(prompt, index):
+        torch.rand(7, device="cuda")
+        return plain(prompt, index)
+
+    render_all(PROMPTS, sample, tmp_path, "run", 1)
+    assert torch.rand(4, device="cuda").tolist() == expected
+
+
+def test_an_error_of_the_sampler_passes_and_leaves_no_half_picture(tmp_path):
+    def sample(prompt, index):
+        if index == 1:
+            raise RuntimeError("out of memory")
+        return plain(prompt, index)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        render_all(PROMPTS, sample, tmp_path, "run", 1)
+    assert [path.name for path in tmp_path.iterdir()] == [f"run_000001_00_{FIRST_SEED}.png"]
+
+
+def test_a_file_where_the_folder_should_be_is_the_users_to_mend(tmp_path):
+    (tmp_path / "sample").write_text("in the way")
+    with pytest.raises(UserError, match="is a file, and previews need a folder"):
+        render_all(PROMPTS, plain, tmp_path / "sample", "run", 1)
+    assert (tmp_path / "sample").read_text() == "in the way"
