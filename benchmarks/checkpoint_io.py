@@ -34,6 +34,7 @@ def transformer(device: str):
 
 def child(action: str, path: str) -> dict[str, float]:
     import torch
+    from diffusers import FluxTransformer2DModel  # noqa: F401  (imported before anything is measured)
     from safetensors.torch import load_file, save_file
 
     from library.architectures.flux_models import load_transformer

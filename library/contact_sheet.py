@@ -51,7 +51,7 @@ def write_contact_sheet(folder: Path, name: str | None, prompts: Sequence[Prompt
     steps = spread(sorted({step for step, _ in found}), MAX_COLUMNS)
     sheet = draw([_row(prompt, index, steps, found) for index, prompt in enumerate(prompts)], steps, name or "previews")
     with atomic_file(sheet_path) as file:
-        sheet.save(file, format="PNG", optimize=True)
+        sheet.save(file, format="PNG")
     return sheet_path
 
 

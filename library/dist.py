@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import nn
 
 from library.errors import UserError
@@ -63,6 +63,11 @@ class Runtime:
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
 
+    def close(self) -> None:
+        """Leave the process group in order: NCCL complains about a run that just ends."""
+        if self.world_size > 1:
+            torch.distributed.destroy_process_group()
+
 
 # While the first rank encodes a dataset, draws previews or writes 24 GB to a slow disk, the others wait at the next exchange.
 # torch's own limit of ten minutes would end the run there; a rank that died is noticed by the launcher without it.
@@ -79,7 +84,9 @@ def open_runtime(mixed_precision: str, seed: int) -> Runtime:
     launched = int(os.environ.get("WORLD_SIZE") or 1)
     # Without a device, accelerate joins the processes only when told so: each would train alone and write the same files.
     accelerator = Accelerator(mixed_precision="no", cpu=launched > 1 and not torch.accelerator.is_available(),
-                              kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+                                               # gradients lie in the buckets that are exchanged, not beside them as copies
+                                               DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
     if accelerator.num_processes != launched:
         raise UserError(f"{launched} processes were started, but accelerate joins only {accelerator.num_processes}",
                         remedy="start one process (plain python), or as many as there are devices")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -28,6 +29,24 @@ class StopRequest:
         return self.signal_name is not None
 
 
+def _say(line: str) -> None:
+    """``line`` to stderr from a signal handler, where an error would break off whatever the program is doing."""
+    try:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+    except RuntimeError:
+        pass  # the signal came in the middle of another write to stderr, which does not nest
+    except OSError:
+        # The terminal is closed (SIGHUP). Nobody reads on: whatever is printed from now on must not end the run
+        # before it has saved.
+        shared = os.path.sameopenfile(1, 2)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        if shared:
+            os.dup2(nowhere, 1)
+        os.close(nowhere)
+
+
 @contextmanager
 def stop_requested() -> Iterator[StopRequest]:
     """Inside the block signals only set a flag. The handlers from before are put back at its end.
@@ -47,7 +66,7 @@ def stop_requested() -> Iterator[StopRequest]:
                 raise KeyboardInterrupt
             return
         request.signal_name = signal.Signals(number).name
-        sys.stderr.write(f"\n{request.signal_name}: finishing this step, then saving (Ctrl-C again stops at once)\n")
+        _say(f"\n{request.signal_name}: finishing this step, then saving (Ctrl-C again stops at once)\n")
 
     # A signal that was ignored from the start (nohup) stays ignored.
     before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}

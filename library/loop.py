@@ -56,6 +56,7 @@ class StepReport:
     samples: int
     seconds: float
     peak_bytes: int
+    stopping: bool  # this step is the last one, because somebody asked for that
 
 
 def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None]) -> int:
@@ -79,10 +80,11 @@ def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None
                 raise _not_finite(task.runtime, group.step + 1, losses, group.micro)
             done = group.step + 1
             now = time.perf_counter()
+            stopping = task.runtime.any_rank(stop.requested or launcher_is_gone())
             after_step(StepReport(done, group.epoch, done % task.plan.steps_per_epoch == 0, loss, update,
-                                  group.real_samples, now - started, peak_bytes(task.runtime.device)))
+                                  group.real_samples, now - started, peak_bytes(task.runtime.device), stopping))
             started = time.perf_counter()
-            if task.runtime.any_rank(stop.requested or launcher_is_gone()):
+            if stopping:
                 break
     return done
 

@@ -77,7 +77,8 @@ class Outputs:
             self.saver.after_step(report.step, report.epoch + 1)
             if report.epoch_ended:
                 self.saver.after_epoch(report.epoch + 1, report.step)
-        self._preview(report.step, report.epoch + 1, report.epoch_ended)
+        if not report.stopping:  # a job scheduler that asked to stop does not wait for pictures
+            self._preview(report.step, report.epoch + 1, report.epoch_ended)
 
     def finish(self, done: int, signal_name: str | None) -> None:
         """The final file or, when training was stopped early, a file of the last complete step."""
@@ -108,7 +109,8 @@ class Outputs:
             saved = self.saver.emergency(self.done, math.ceil(self.done / self.steps_per_epoch))
             log.warning("broke off after step %d of %d; the weights are in %s", self.done, self.total_steps, saved)
         except Exception as second:  # the first error is the one to tell
-            log.error("the weights of step %d could not be saved: %s", self.done, second)
+            if str(second) != str(error):
+                log.error("the weights of step %d could not be saved: %s", self.done, second)
 
     def _preview(self, step: int, epoch: int, epoch_ended: bool, at_first: bool = False) -> None:
         sampling = self.config.sampling
@@ -139,7 +141,8 @@ class Outputs:
             metadata = modelspec(
                 **self.arch.modelspec(), title=fields.metadata_title or self.name, resolution=self.resolution, date=datetime.now(),
                 author=fields.metadata_author, description=fields.metadata_description, license=fields.metadata_license,
-                tags=fields.metadata_tags, usage_hint=fields.metadata_usage_hint, thumbnail=thumbnail_url(fields.metadata_thumbnail) if fields.metadata_thumbnail else None,
+                tags=fields.metadata_tags, usage_hint=fields.metadata_usage_hint,
+                thumbnail=thumbnail_url(fields.metadata_thumbnail) if fields.metadata_thumbnail else None,
                 merged_from=fields.metadata_merged_from, trigger_phrase=fields.metadata_trigger_phrase,
                 extra={"ss_steps": str(info["step"]), "ss_epoch": str(info["epoch"])},
             )

@@ -54,7 +54,8 @@ def render_all(prompts: Sequence[Prompt], sample: Callable[[Prompt, int], Image.
     import torch
 
     if Path(folder).exists() and not Path(folder).is_dir():
-        raise UserError(f"{folder} is a file, and previews need a folder of that name", remedy="move it away, or choose another --output_dir")
+        raise UserError(f"{folder} is a file, and previews need a folder of that name",
+                        remedy="move it away, or choose another --output_dir")
     prompts, images = with_seeds(prompts), []
     with preserved_random_state(), torch.no_grad():
         for index, prompt in enumerate(prompts):

@@ -96,6 +96,7 @@ def run(entry: Entry, config: Config) -> None:
             outputs.finish(done, stop.signal_name)
             stop.settled = True
             outputs.draw_curve(done)
+    runtime.close()
 
 
 def read_data(config: Config, also: Sequence[Callable[[], object]] = ()) -> DataPlan:

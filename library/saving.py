@@ -52,8 +52,9 @@ def outdated(names: Iterable[str], pattern: re.Pattern[str], current: int, keep:
 class Saver:
     """Calls ``write(path, {"step", "epoch"})`` when a file is due, then removes what retention no longer keeps.
 
-    ``write`` must put a whole file in place or raise; old files go only after the new one stands. ``last_n_steps`` and
-    ``last_n_epochs`` count steps and epochs, not files, as in the dialect. ``protected``: paths that are never removed.
+    ``write`` must put a whole file in place or raise; old files go only after the new one stands. As in the
+    dialect ``last_n_steps`` counts steps (a file exactly that many steps old stays) but ``last_n_epochs`` counts saved
+    epochs, that is files. ``protected``: paths that are never removed.
     """
 
     def __init__(self, output_dir: Path, output_name: str, *, total_epochs: int, write: Write, every_n_steps: int | None = None,
@@ -72,7 +73,7 @@ class Saver:
             return None
         path = self._write(step_name(self.output_name, step), step, epoch)
         if self.last_n_steps:
-            self._remove(rf"{re.escape(self.output_name)}-step(\d{{8,}}){re.escape(SUFFIX)}", step, self.last_n_steps)
+            self._remove(rf"{re.escape(self.output_name)}-step(\d{{8,}}){re.escape(SUFFIX)}", step, self.last_n_steps + 1)
         return path
 
     def after_epoch(self, epoch: int, step: int) -> Path | None:
@@ -81,7 +82,8 @@ class Saver:
             return None
         path = self._write(epoch_name(self.output_name, epoch), step, epoch)
         if self.last_n_epochs:
-            self._remove(rf"{re.escape(self.output_name)}-(\d{{6,}}){re.escape(SUFFIX)}", epoch, self.last_n_epochs)
+            keep = self.last_n_epochs * self.every_n_epochs
+            self._remove(rf"{re.escape(self.output_name)}-(\d{{6,}}){re.escape(SUFFIX)}", epoch, keep)
         return path
 
     def final(self, step: int, epoch: int) -> Path:

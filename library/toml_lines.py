@@ -78,6 +78,8 @@ def _syntax_error(path: Path, text: str, error: tomllib.TOMLDecodeError) -> User
     remedy = ""
     if "escape" in reason or "hex value" in reason:
         remedy = "write Windows paths with / or between 'single quotes'"
+    elif "overwrite" in reason:
+        remedy = "this key stands twice; remove one of them"
     return UserError(f"not valid TOML: {reason}", place=f"{path}:{line}", remedy=remedy)
 
 

@@ -197,8 +197,8 @@ class SavingOptions:
     save_every_n_steps: int | None = flag(None, "also save after every N steps", minimum=0, off="0")
     save_every_n_epochs: int | None = flag(None, "also save after every N epochs", minimum=0, off="0")
     save_n_epoch_ratio: int | None = flag(None, "also save about N times over all epochs", minimum=0, off="0")
-    save_last_n_epochs: int | None = flag(None, "of the epoch saves keep those of the last N epochs", minimum=0, off="0")
-    save_last_n_steps: int | None = flag(None, "of the step saves keep those of the last N steps", minimum=0, off="0")
+    save_last_n_epochs: int | None = flag(None, "of the epoch saves keep the last N", minimum=0, off="0")
+    save_last_n_steps: int | None = flag(None, "of the step saves keep those not older than N steps", minimum=0, off="0")
 
     def stored_dtype(self, weights_dtype: str) -> str:
         """``fp32``, ``fp16`` or ``bf16`` in the file, for weights trained in ``weights_dtype``."""

@@ -141,7 +141,7 @@ class _Reader:
                     self.notes.append(answer)
             elif name not in KEYS:
                 known = [key.name for key in KEYS.values() if section in key.sections]
-                self.error("unknown key", place, nearest(name, known) or f"known here: {', '.join(known)}")
+                self.error("unknown key", place, nearest(name, [*known, *UNBUILT]) or f"known here: {', '.join(known)}")
             elif section not in KEYS[name].sections:
                 homes = " or ".join({"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}[home]
                                     for home in KEYS[name].sections)

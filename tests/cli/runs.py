@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import safe_open
@@ -90,14 +92,17 @@ class Running:
 
 @contextmanager
 def running(command: Sequence[object], log: Path) -> Iterator[Running]:
-    """Start ``command``; whatever is left of it is killed at the end of the block."""
+    """Start ``command``; whatever is left of it, children included, is killed at the end of the block."""
     run = Running(command, log)
     try:
         yield run
     finally:
-        if run.process.poll() is None:
+        if hasattr(os, "killpg"):
+            with suppress(ProcessLookupError):  # a child may have outlived its launcher
+                os.killpg(run.process.pid, signal.SIGKILL)
+        else:
             run.process.kill()
-            run.process.wait(LIMIT)
+        run.process.wait(LIMIT)
 
 
 def rows(folder: Path, name: str = "last") -> list[dict[str, float]]:

@@ -43,12 +43,15 @@ def told_once(text: str, words: str) -> str:
 
 
 @posix
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_saves_the_last_step_and_ends_with_0(endless, files, tmp_path, name):
+@pytest.mark.parametrize(("name", "workers"), [("SIGINT", 0), ("SIGTERM", 2)])
+def test_a_signal_saves_the_last_step_and_ends_with_0(endless, files, tmp_path, name, workers):
+    """The processes that read pictures get it too when it goes to the whole group."""
     out = tmp_path / "out"
+    if workers:
+        endless = [*(word for word in endless if not word.startswith("--cache_")), "--max_data_loader_n_workers", str(workers)]
     with running([*PLAIN, *endless], tmp_path / "log") as run:
         run.until(lambda: len(rows(out)) >= 3)
-        run.process.send_signal(getattr(signal, name))
+        os.killpg(run.process.pid, getattr(signal, name))
         assert run.end() == 0, run.text
         text = run.text
     last = len(rows(out))

@@ -2,6 +2,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,33 @@ def test_other_threads_get_a_request_that_nobody_makes():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+LOOP = """
+import sys, time
+from library.interrupt import stop_requested
+with stop_requested() as stop:
+    print("ready", file=sys.stderr, flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    print("a progress bar", file=sys.stderr, flush=True)
+    print("a message", flush=True)
+open(sys.argv[1], "w").write(f"saved after {stop.signal_name}")
+"""
+
+
+def test_a_closed_terminal_still_lets_the_run_save(tmp_path):
+    import pty
+
+    root, saved = Path(__file__).parents[2], tmp_path / "saved.txt"
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(root)
+        os.execv(sys.executable, [sys.executable, "-c", LOOP, str(saved)])
+    seen = b""
+    while b"ready" not in seen:
+        seen += os.read(terminal, 1000)
+    os.close(terminal)  # the window is closed: SIGHUP, and every later write to it is an error
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert saved.read_text() == "saved after SIGHUP"

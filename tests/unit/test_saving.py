@@ -50,12 +50,18 @@ def test_retention_counts_steps_and_spares_everything_else(tmp_path):
     for name in ("m-step00000001.safetensors", "m-step00000099.safetensors", "m-step00000002.ckpt", "other-step00000001.safetensors", "m-000001.safetensors"):
         (tmp_path / name).write_bytes(b"")
     left = Folder(tmp_path, every_n_steps=2, last_n_steps=4).run(8, 8)
-    assert left == sorted(["m-step00000006.safetensors", "m-step00000008.safetensors", "m-step00000099.safetensors", "m-step00000002.ckpt",
+    assert left == sorted(["m-step00000004.safetensors", "m-step00000006.safetensors", "m-step00000008.safetensors",
+                           "m-step00000099.safetensors", "m-step00000002.ckpt",
                            "other-step00000001.safetensors", "m-000001.safetensors", "m.safetensors"])
 
 
 def test_retention_of_epochs(tmp_path):
     assert Folder(tmp_path, every_n_epochs=1, last_n_epochs=2).run(8, 2) == ["m-000002.safetensors", "m-000003.safetensors", "m.safetensors"]
+
+
+def test_retention_of_epochs_counts_files(tmp_path):
+    left = Folder(tmp_path, every_n_epochs=2, last_n_epochs=2, total_epochs=9).run(9, 1)
+    assert left == ["m-000006.safetensors", "m-000008.safetensors", "m.safetensors"]
 
 
 def test_a_protected_file_is_never_removed(tmp_path):
