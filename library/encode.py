@@ -69,6 +69,10 @@ def encode_all(arch: Architecture, runtime: Runtime, caching: CachingOptions, it
 
         latents = _ranks_in_turn(runtime, caching.cache_latents_to_disk, lambda: fill_latents(
             items, latents_at, encode_pictures, arch.vae_identity(dtype), caching.vae_batch_size, _Announce("latents")))
+    previewer = vae.get() if prompts and runtime.is_main else None
+    if caching.latents_cached:
+        previewer = previewer.to("cpu") if previewer is not None else None
+        vae.free()  # before the text encoders come
     text, encoded_prompts = None, {}
     wanted = sorted({words for prompt in prompts for words in (prompt.text, prompt.negative)})
     prompt_items = [replace(items[0], caption=words) for words in wanted]  # stored beside the first folder's captions
@@ -91,11 +95,6 @@ def encode_all(arch: Architecture, runtime: Runtime, caching: CachingOptions, it
         if encoders.value is not None and (note := arch.truncation_note(encoders.value)):
             log.warning(note)
         encoders.free()
-    if caching.latents_cached:
-        previewer = vae.get().to("cpu") if prompts and runtime.is_main else None
-        vae.free()
-    else:
-        previewer = vae.get() if prompts and runtime.is_main else None
     return Encoded(latents, text, encoded_prompts, previewer, _batch_encoder(arch, runtime.device, vae, encoders))
 
 
@@ -107,6 +106,8 @@ def as_cached(value: torch.Tensor) -> torch.Tensor:
 def _batch_encoder(arch: Architecture, device: torch.device, vae: Lazy, encoders: Lazy):
     """(B, C, h, w) latents and text of one batch on the device. What is encoded here is rounded as the cache rounds it,
     so that a run with caches and one without see the same numbers."""
+
+    told: list[str] = []  # captions that are too long are worth one warning, not one per batch
 
     def encode(batch: Batch) -> tuple[torch.Tensor, Text]:
         with torch.no_grad():
@@ -120,6 +121,9 @@ def _batch_encoder(arch: Architecture, device: torch.device, vae: Lazy, encoders
                 encoded: TextEncoders = encoders.get()
                 text = {name: as_cached(value.to(device)) for name, value in
                         arch.encode_text(encoded, batch.captions).items()}
+                if not told and (note := arch.truncation_note(encoded)):
+                    log.warning("in this batch %s", note)
+                    told.append(note)
         return latents, text
 
     return encode

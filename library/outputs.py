@@ -18,6 +18,7 @@ from library.checkpoint.metadata import modelspec, thumbnail_url
 from library.config.parse import Config, to_toml
 from library.dist import Runtime
 from library.encode import Encoded
+from library.errors import UserError
 from library.log import Progress, StepLog, log
 from library.loop import StepReport
 from library.optim.updater import NonFinite
@@ -74,11 +75,18 @@ class Outputs:
         self.step_log.write({"step": report.step, "epoch": report.epoch + 1, **values})
         self.tracker.write(report.step, values)
         if self.runtime.is_main:
+            self._save_what_is_due(report)
+        if not report.stopping:  # a job scheduler that asked to stop does not wait for pictures
+            self._preview(report.step, report.epoch + 1, report.epoch_ended)
+
+    def _save_what_is_due(self, report: StepReport) -> None:
+        """A file that cannot be written now, on a full disk say, is no reason to give up the training; the final one is."""
+        try:
             self.saver.after_step(report.step, report.epoch + 1)
             if report.epoch_ended:
                 self.saver.after_epoch(report.epoch + 1, report.step)
-        if not report.stopping:  # a job scheduler that asked to stop does not wait for pictures
-            self._preview(report.step, report.epoch + 1, report.epoch_ended)
+        except UserError as error:
+            log.error("not saved at step %d, training goes on: %s", report.step, error)
 
     def finish(self, done: int, signal_name: str | None) -> None:
         """The final file or, when training was stopped early, a file of the last complete step."""
@@ -122,7 +130,8 @@ class Outputs:
             texts = self.encoded.prompts
 
             def draw(prompt: Prompt, _index: int):
-                return self.arch.sample(self.denoiser, vae, prompt, texts[prompt.text], texts[prompt.negative])
+                return self.arch.sample(self.denoiser, vae, prompt, texts[prompt.text], texts[prompt.negative],
+                                        self.runtime.compute_dtype)
 
             self.denoiser.eval()
             rendered = preview.render_all(self.prompts, draw, self.folder / "sample", self.name, step)

@@ -80,8 +80,8 @@ class Architecture(Protocol):
         """The blocks in the order in which they run."""
 
     def sample(self, denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
-               negative: Mapping[str, torch.Tensor] | None) -> Image.Image:
-        """One preview picture from encoded text (batch of one)."""
+               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> Image.Image:
+        """One preview picture from encoded text (batch of one), with matrix products in ``compute_dtype``."""
 
     def export(self, denoiser: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write the trained weights in the layout of the input file; ``dtype`` None keeps the trained one."""

@@ -95,8 +95,8 @@ class Flux:
         return [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks]
 
     def sample(self, denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
-               negative: Mapping[str, torch.Tensor] | None) -> Image.Image:
-        return sample(denoiser, vae, prompt, positive, negative, self.file.variant == "schnell", self.options.apply_t5_attn_mask)
+               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> Image.Image:
+        return sample(denoiser, vae, prompt, positive, negative, compute_dtype, self.file.variant == "schnell", self.options.apply_t5_attn_mask)
 
     def export(self, denoiser: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """The names of the original release, with the prefix of the input; an all-in-one file keeps its other parts."""

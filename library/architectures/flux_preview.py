@@ -20,7 +20,7 @@ SCHNELL_SCHEDULE = {"shift": 1.0, "use_dynamic_shifting": False}
 
 @torch.no_grad()
 def sample(denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
-           negative: Mapping[str, torch.Tensor] | None, schnell: bool, use_text_mask: bool) -> Image.Image:
+           negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype, schnell: bool, use_text_mask: bool) -> Image.Image:
     """Draw ``prompt`` (its seed must be set). ``positive`` and ``negative``: ``t5`` (1, L, D) and ``clip_pooled`` (1, D).
 
     ``negative`` acts when ``prompt.cfg`` is above 1. Latents stay float32 between steps whatever the weights' dtype.
@@ -39,11 +39,11 @@ def sample(denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mappin
     arguments = {}
     if use_text_mask:
         # The pipeline passes one mask to both passes of true guidance: a text token counts where either prompt has one.
-        words = positive["t5_mask"].bool() if negative is None else positive["t5_mask"].bool() | negative["t5_mask"].bool()
+        words = positive["t5_mask"].bool() | negative["t5_mask"].bool() if prompt.cfg > 1.0 else positive["t5_mask"].bool()
         pictures = torch.ones(1, (prompt.height // 16) * (prompt.width // 16), dtype=torch.bool)
         arguments["attention_mask"] = torch.cat([words.cpu(), pictures], dim=1).to(device)  # (1, L + N)
-    guided = prompt.cfg > 1.0 and negative is not None
-    with torch.autocast(device.type, dtype=denoiser.x_embedder.weight.dtype, enabled=denoiser.x_embedder.weight.dtype != torch.float32):
+    guided = prompt.cfg > 1.0
+    with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
         tokens = pipeline(
             prompt_embeds=ready(positive, "t5"),
             pooled_prompt_embeds=ready(positive, "clip_pooled"),

@@ -40,8 +40,8 @@ print(json.dumps(answers))
 def launcher(precision: str, **more: object) -> list[str]:
     """``accelerate launch`` as people type it, up to the script's own flags."""
     flags = {"num_processes": 1, "num_machines": 1, "mixed_precision": precision, "dynamo_backend": "no", **more}
-    return [sys.executable, "-m", "accelerate.commands.launch", *(str(word) for name, value in flags.items() for word in (f"--{name}", value)),
-            SCRIPT]
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    return [sys.executable, "-m", "accelerate.commands.launch", *words, SCRIPT]
 
 
 def launch(command: Sequence[str], *arguments: object) -> Done:
@@ -54,9 +54,9 @@ def launch(command: Sequence[str], *arguments: object) -> Done:
 def run_all(*commands: Sequence[object]) -> list[Done]:
     """The script once with each list of arguments, one after the other in one fresh process."""
     code = _SEVERAL.format(script=str(ROOT / SCRIPT))
-    done = subprocess.run([sys.executable, "-c", code], input=json.dumps([[str(one) for one in command] for command in commands]), cwd=ROOT,
-                          env=environment(PYTHONPATH=str(ROOT), PYTHONIOENCODING="utf-8"), capture_output=True, text=True, encoding="utf-8",
-                          timeout=LIMIT)
+    arguments = json.dumps([[str(one) for one in command] for command in commands])
+    done = subprocess.run([sys.executable, "-c", code], input=arguments, cwd=ROOT, capture_output=True, timeout=LIMIT, text=True,
+                          encoding="utf-8", env=environment(PYTHONPATH=str(ROOT), PYTHONIOENCODING="utf-8"))
     assert done.returncode == 0, done.stdout + done.stderr
     return [Done(*answer) for answer in json.loads(done.stdout.splitlines()[-1])]
 
@@ -68,8 +68,8 @@ class Running:
         self.log = log
         with log.open("wb") as file:
             # A session of its own, so that a Ctrl-C can be sent to the whole group as a terminal does.
-            self.process = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment(), stdout=file, stderr=file,
-                                            start_new_session=True)
+            self.process = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment(), stdout=file,
+                                            stderr=file, start_new_session=True)
 
     @property
     def text(self) -> str:

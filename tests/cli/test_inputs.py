@@ -38,7 +38,8 @@ def pipeline_folder(folder: Path, files: TinyFlux) -> Path:
 
 def prefixed(path: Path, files: TinyFlux, parts: dict[str, Path]) -> Path:
     """``parts`` (prefix of the keys: file) in one file at ``path``; what is not among them stands beside it."""
-    shutil.copytree(files.folder, path.parent, ignore=lambda _folder, names: [part.name for part in parts.values() if part.name in names])
+    inside = [part.name for part in parts.values()]
+    shutil.copytree(files.folder, path.parent, ignore=lambda _folder, names: [name for name in names if name in inside])
     save_file({prefix + name: tensor for prefix, part in parts.items() for name, tensor in load_file(part).items()
                if name != "encoder.embed_tokens.weight"}, path)
     return path
@@ -78,7 +79,7 @@ def inputs(files, tmp_path_factory) -> dict[str, Path]:
 
 def test_every_kind_of_checkpoint_trains_and_keeps_its_layout(inputs, base, tmp_path):
     base = [*with_flag(base, "learning_rate", "1e-3"), "--t5xxl_max_token_length", "16"]
-    runs = run_all(*(with_flag(with_flag(base, "pretrained_model_name_or_path", path), "output_name", name) for name, path in inputs.items()))
+    runs = run_all(*([*with_flag(base, "pretrained_model_name_or_path", path), "--output_name", name] for name, path in inputs.items()))
     for name, done in zip(inputs, runs, strict=True):
         assert done.status == 0 and "Traceback" not in done.text, f"{name}: {done.text}"
         assert ("FLUX.1-schnell" if name == "schnell" else "FLUX.1-dev") in done.stderr

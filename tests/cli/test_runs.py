@@ -31,11 +31,10 @@ def test_accelerate_launch_decides_the_precision_and_paths_may_have_any_letters(
     files = make_flux_files(folder / "my models")
     data = dataset_file(folder / "data set.toml", make_pictures(folder / "фото mit Leerzeichen", 2))
     (folder / "prömpts.txt").write_text("ein rotes Kästchen 箱 --w 32 --h 32 --s 1\n", encoding="utf-8")
-    done = launch(launcher("bf16"), "--pretrained_model_name_or_path", files.checkpoint, "--dataset_config", data, "--max_train_steps", 1,
-                  "--output_dir", folder / "das Ergebnis", "--output_name", "größer 2", "--cache_latents_to_disk", "--cache_text_encoder_outputs",
-                  "--logging_dir", folder / "logs ü", "--sample_prompts", folder / "prömpts.txt", "--sample_every_n_steps", 1, *SHORT)
-    worked(done)
     out = folder / "das Ergebnis"
+    worked(launch(launcher("bf16"), "--pretrained_model_name_or_path", files.checkpoint, "--dataset_config", data, "--output_dir", out,
+                  "--output_name", "größer 2", "--max_train_steps", 1, "--cache_latents_to_disk", "--cache_text_encoder_outputs",
+                  "--logging_dir", folder / "logs ü", "--sample_prompts", folder / "prömpts.txt", "--sample_every_n_steps", 1, *SHORT))
     assert checkpoints(out) == ["größer 2.safetensors"]
     shapes, dtypes, metadata = header(out / "größer 2.safetensors")
     assert dtypes == {"BF16"} and shapes == header(files.checkpoint)[0]
@@ -49,9 +48,10 @@ def test_accelerate_launch_decides_the_precision_and_paths_may_have_any_letters(
 def launched(files, pictures, tmp_path_factory) -> tuple[Path, list[str]]:
     """A run under ``accelerate launch`` in float32 with all that a run can leave behind, and its flags without the folders."""
     folder = tmp_path_factory.mktemp("launched")
-    (folder / "prompts.json").write_text(json.dumps([{"prompt": "a red box", "width": 48, "height": 32, "sample_steps": 1, "seed": 7},
-                                                     "a blue box --w 32 --h 64 --s 2"]), encoding="utf-8")
-    flags = ["--pretrained_model_name_or_path", str(files.checkpoint), "--dataset_config", str(dataset_file(folder / "data.toml", pictures)),
+    prompts = [{"prompt": "a red box", "width": 48, "height": 32, "sample_steps": 1, "seed": 7}, "a blue box --w 32 --h 64 --s 2"]
+    (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    data = dataset_file(folder / "data.toml", pictures)
+    flags = ["--pretrained_model_name_or_path", str(files.checkpoint), "--dataset_config", str(data),
              "--max_train_steps", "4", "--cache_latents", "--cache_text_encoder_outputs", "--learning_rate", "1e-3", *SHORT]
     done = launch(launcher("no"), *flags, "--output_dir", folder / "out", "--logging_dir", folder / "logs", "--log_config",
                   "--sample_prompts", folder / "prompts.json", "--sample_every_n_steps", 2, "--sample_at_first")
@@ -94,18 +94,19 @@ def test_plain_python_and_configuration_files_repeat_a_launched_run(launched, tm
     values = {"pretrained_model_name_or_path": flags[1], "dataset_config": flags[3], "learning_rate": 1e-3, "cache_latents": True,
               "cache_text_encoder_outputs": True, "t5xxl_max_token_length": 16, "max_train_steps": 99, "output_name": "from_file"}
     prompts = tmp_path / "prompts.toml"
-    prompts.write_text('[prompt]\nwidth = 32\nheight = 32\nsample_steps = 1\n[[prompt.subset]]\nprompt = "a red box"\n[[prompt.subset]]\n'
-                       'prompt = "a blue box"\nseed = 5\nwidth = 64\n', encoding="utf-8")
+    prompts.write_text('[prompt]\nwidth = 32\nheight = 32\nsample_steps = 1\n[[prompt.subset]]\nprompt = "a red box"\n'
+                       '[[prompt.subset]]\nprompt = "a blue box"\nseed = 5\nwidth = 64\n', encoding="utf-8")
     lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
-    (tmp_path / "run.toml").write_text("\n".join(["[any_section]", *lines, "", "[other]", f"sample_prompts = {json.dumps(str(prompts))}",
-                                                  "sample_every_n_epochs = 2"]), encoding="utf-8")
+    lines = ["[any_section]", *lines, "[other]", f"sample_prompts = {json.dumps(str(prompts))}", "sample_every_n_epochs = 2"]
+    (tmp_path / "run.toml").write_text("\n".join(lines), encoding="utf-8")
     first = ["--config_file", tmp_path / "run", "--max_train_steps", 4, "--output_dir", tmp_path / "one"]
-    again = ["--config_file", tmp_path / "one" / "from_file_config.toml", "--output_dir", tmp_path / "two", "--output_name", "again"]
+    saved = tmp_path / "one" / "from_file_config.toml"
+    again = ["--config_file", saved, "--output_dir", tmp_path / "two", "--output_name", "again"]
     worked(*run_all(first, again))
     assert losses(tmp_path / "one", "from_file") == losses(tmp_path / "two", "again") == losses(folder / "out")
-    one, two, all_three = (load_file(path) for path in (tmp_path / "one" / "from_file.safetensors", tmp_path / "two" / "again.safetensors",
-                                                        folder / "out" / "last.safetensors"))
-    assert all(torch.equal(one[name], two[name]) and torch.equal(one[name], all_three[name]) for name in all_three)
+    three = (folder / "out" / "last.safetensors", tmp_path / "one" / "from_file.safetensors", tmp_path / "two" / "again.safetensors")
+    weights, *others = (load_file(path) for path in three)
+    assert all(torch.equal(other[name], weights[name]) for other in others for name in weights)
     assert sorted(path.name for path in (tmp_path / "two" / "sample").iterdir()) == [
         "again_000004_00_1000.png", "again_000004_01_5.png", "again_contact_sheet.png"]
     with Image.open(tmp_path / "two" / "sample" / "again_000004_01_5.png") as picture:
@@ -115,15 +116,17 @@ def test_plain_python_and_configuration_files_repeat_a_launched_run(launched, tm
 def test_names_retention_and_precision_of_saved_files(base, tmp_path):
     """Two steps are an epoch."""
     base = with_flag(base, "max_train_steps", 8)
-    steps = [*base, *SHORT, "--save_every_n_steps", 2, "--save_last_n_steps", 4, "--save_every_n_epochs", 1, "--save_last_n_epochs", 2]
+    steps = [*base, *SHORT, "--save_every_n_steps", 2, "--save_last_n_steps", 2, "--save_every_n_epochs", 1, "--save_last_n_epochs", 2]
     ratio = [*with_flag(base, "output_name", "b"), *SHORT, "--save_n_epoch_ratio", 2, "--save_precision", "fp16", "--no_metadata"]
-    length = [*with_flag(base, "output_name", "c"), *SHORT, "--max_train_epochs", 2, "--mixed_precision", "bf16", "--save_precision", "float"]
+    length = [*with_flag(base, "output_name", "c"), *SHORT, "--max_train_epochs", 2, "--mixed_precision", "bf16",
+              "--save_precision", "float"]
     worked(*run_all(steps, ratio, length))
     out = tmp_path / "out"
     assert checkpoints(out) == sorted([
         "last-step00000006.safetensors", "last-step00000008.safetensors", "last-000002.safetensors", "last-000003.safetensors",
         "last.safetensors", "b-000002.safetensors", "b.safetensors", "c.safetensors"])
-    assert [header(out / name)[1] for name in ("last.safetensors", "b-000002.safetensors", "c.safetensors")] == [{"F32"}, {"F16"}, {"F32"}]
+    kinds = {name: header(out / f"{name}.safetensors")[1] for name in ("last", "b-000002", "c")}
+    assert kinds == {"last": {"F32"}, "b-000002": {"F16"}, "c": {"F32"}}
     assert header(out / "b.safetensors")[2] == {} and header(out / "last-000003.safetensors")[2]["ss_steps"] == "6"
     assert column(out, "epoch", "c") == [1, 1, 2, 2]
     third, final = load_file(out / "last-000003.safetensors"), load_file(out / "last.safetensors")
@@ -134,16 +137,17 @@ def test_optimizers_and_schedules(base, tmp_path):
     base = [*with_flag(with_flag(base, "max_train_steps", 10), "learning_rate", "1e-3"), *SHORT]
     flags = {
         "adamw": ["--optimizer_type", "adamw", "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 4],
-        "adamw8bit": ["--optimizer_type", "AdamW8bit", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20%", "--mixed_precision", "bf16",
-                      "--full_bf16"],
-        "adafactor": ["--optimizer_type", "Adafactor", "--lr_scheduler", "linear", "--lr_warmup_steps", 0.5, "--gradient_checkpointing",
-                      "--gradient_accumulation_steps", 2, "--optimizer_args", "clip_threshold=0.5", "weight_decay=0.01"],
+        "adamw8bit": ["--optimizer_type", "AdamW8bit", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20%",
+                      "--mixed_precision", "bf16", "--full_bf16"],
+        "adafactor": ["--optimizer_type", "Adafactor", "--lr_scheduler", "linear", "--lr_warmup_steps", 0.5,
+                      "--gradient_checkpointing", "--gradient_accumulation_steps", 2, "--optimizer_args", "clip_threshold=0.5", "weight_decay=0.01"],
     }
     worked(*run_all(*([*base, "--output_name", name, *more] for name, more in flags.items())))
     rates = {name: [rate / 1e-3 for rate in column(tmp_path / "out", "learning_rate", name)] for name in flags}
     assert all(len(course) == 10 and max(course) <= 1 for course in rates.values())
     assert rates["adamw"][:4] == sorted(rates["adamw"][:4]) and rates["adamw"][4:] == [1] * 6
-    assert rates["adamw8bit"][2] == pytest.approx(1, abs=0.1) and rates["adamw8bit"][2:] == sorted(rates["adamw8bit"][2:], reverse=True)
+    assert rates["adamw8bit"][2] == pytest.approx(1, abs=0.1)
+    assert rates["adamw8bit"][2:] == sorted(rates["adamw8bit"][2:], reverse=True) and rates["adamw8bit"][-1] < 0.2
     assert max(rates["adafactor"]) == rates["adafactor"][5] == pytest.approx(1) and rates["adafactor"][-1] < 0.3
     for name in flags:
         course = losses(tmp_path / "out", name)
