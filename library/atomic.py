@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +49,22 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """``data`` (text as UTF-8) becomes the whole content of ``path``."""
     with atomic_file(path) as file:
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def sweep(folder: Path, name: str, idle_seconds: float = 3600) -> list[Path]:
+    """Remove what killed runs left half-written in ``folder`` of files whose names begin with ``name``; returns the paths.
+
+    Only temporary files that nobody has written to for ``idle_seconds`` go: another run may be writing now.
+    """
+    swept = []
+    for path in Path(folder).glob(f".{glob.escape(name)}*.tmp"):
+        try:
+            if time.time() - path.stat().st_mtime > idle_seconds:
+                path.unlink()
+                swept.append(path)
+        except OSError:
+            continue  # gone already, or open in another process on Windows
+    return swept
 
 
 def _explain(error: OSError, path: Path) -> OSError | UserError:

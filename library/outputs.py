@@ -13,7 +13,7 @@ from torch import nn
 
 from library import preview
 from library.architectures.base import Architecture
-from library.atomic import write_atomic
+from library.atomic import sweep, write_atomic
 from library.checkpoint.metadata import modelspec, thumbnail_url
 from library.config.parse import Config, to_toml
 from library.dist import Runtime
@@ -48,6 +48,8 @@ class Outputs:
         )
         main = runtime.is_main
         if main:
+            for path in sweep(self.folder, self.name):
+                log.info("removed %s, left half-written by a run that was killed", path)
             write_atomic(self.folder / f"{self.name}_config.toml", to_toml(config))
         self.step_log = StepLog(self.folder / f"{self.name}_log.csv" if main else None)
         self.tracker = open_tracker(config.logging, public_settings(config) if config.logging.log_config else None, main)

@@ -196,7 +196,7 @@ def _finish(setting: Setting, value: Any, place: str) -> Any:
 def _within_limits(setting: Setting, value: int | float, place: str) -> int | float | None:
     meta = setting.meta
     if not (abs(value) < 2**63):  # also catches nan and infinity
-        raise _wrong(setting, value, "a number that a computer can count to", place)
+        raise UserError(f"{show(value)} is out of all proportion", place=place, remedy="check its exponent")
     low, high, above = meta["minimum"], meta["maximum"], meta["above"]
     if low is not None and value < low:
         raise UserError(f"{show(value)} is less than {show(low)}", place=place, remedy=f"give {show(low)} or more")

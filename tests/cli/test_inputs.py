@@ -79,7 +79,8 @@ def inputs(files, tmp_path_factory) -> dict[str, Path]:
 
 def test_every_kind_of_checkpoint_trains_and_keeps_its_layout(inputs, base, tmp_path):
     base = [*with_flag(base, "learning_rate", "1e-3"), "--t5xxl_max_token_length", "16"]
-    runs = run_all(*([*with_flag(base, "pretrained_model_name_or_path", path), "--output_name", name] for name, path in inputs.items()))
+    flag = "pretrained_model_name_or_path"
+    runs = run_all(*([*with_flag(base, flag, path), "--output_name", name] for name, path in inputs.items()))
     for name, done in zip(inputs, runs, strict=True):
         assert done.status == 0 and "Traceback" not in done.text, f"{name}: {done.text}"
         assert ("FLUX.1-schnell" if name == "schnell" else "FLUX.1-dev") in done.stderr

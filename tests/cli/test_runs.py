@@ -32,9 +32,10 @@ def test_accelerate_launch_decides_the_precision_and_paths_may_have_any_letters(
     data = dataset_file(folder / "data set.toml", make_pictures(folder / "фото mit Leerzeichen", 2))
     (folder / "prömpts.txt").write_text("ein rotes Kästchen 箱 --w 32 --h 32 --s 1\n", encoding="utf-8")
     out = folder / "das Ergebnis"
-    worked(launch(launcher("bf16"), "--pretrained_model_name_or_path", files.checkpoint, "--dataset_config", data, "--output_dir", out,
-                  "--output_name", "größer 2", "--max_train_steps", 1, "--cache_latents_to_disk", "--cache_text_encoder_outputs",
-                  "--logging_dir", folder / "logs ü", "--sample_prompts", folder / "prömpts.txt", "--sample_every_n_steps", 1, *SHORT))
+    worked(launch(launcher("bf16"), "--pretrained_model_name_or_path", files.checkpoint, "--dataset_config", data,
+                  "--output_dir", out, "--output_name", "größer 2", "--max_train_steps", 1, "--cache_latents_to_disk",
+                  "--cache_text_encoder_outputs", "--logging_dir", folder / "logs ü", "--sample_prompts", folder / "prömpts.txt",
+                  "--sample_every_n_steps", 1, *SHORT))
     assert checkpoints(out) == ["größer 2.safetensors"]
     shapes, dtypes, metadata = header(out / "größer 2.safetensors")
     assert dtypes == {"BF16"} and shapes == header(files.checkpoint)[0]
@@ -104,7 +105,8 @@ def test_plain_python_and_configuration_files_repeat_a_launched_run(launched, tm
     again = ["--config_file", saved, "--output_dir", tmp_path / "two", "--output_name", "again"]
     worked(*run_all(first, again))
     assert losses(tmp_path / "one", "from_file") == losses(tmp_path / "two", "again") == losses(folder / "out")
-    three = (folder / "out" / "last.safetensors", tmp_path / "one" / "from_file.safetensors", tmp_path / "two" / "again.safetensors")
+    three = (folder / "out" / "last.safetensors",
+             tmp_path / "one" / "from_file.safetensors", tmp_path / "two" / "again.safetensors")
     weights, *others = (load_file(path) for path in three)
     assert all(torch.equal(other[name], weights[name]) for other in others for name in weights)
     assert sorted(path.name for path in (tmp_path / "two" / "sample").iterdir()) == [
@@ -116,7 +118,8 @@ def test_plain_python_and_configuration_files_repeat_a_launched_run(launched, tm
 def test_names_retention_and_precision_of_saved_files(base, tmp_path):
     """Two steps are an epoch."""
     base = with_flag(base, "max_train_steps", 8)
-    steps = [*base, *SHORT, "--save_every_n_steps", 2, "--save_last_n_steps", 2, "--save_every_n_epochs", 1, "--save_last_n_epochs", 2]
+    steps = [*base, *SHORT, "--save_every_n_steps", 2, "--save_last_n_steps", 2,
+             "--save_every_n_epochs", 1, "--save_last_n_epochs", 2]
     ratio = [*with_flag(base, "output_name", "b"), *SHORT, "--save_n_epoch_ratio", 2, "--save_precision", "fp16", "--no_metadata"]
     length = [*with_flag(base, "output_name", "c"), *SHORT, "--max_train_epochs", 2, "--mixed_precision", "bf16",
               "--save_precision", "float"]
@@ -140,7 +143,8 @@ def test_optimizers_and_schedules(base, tmp_path):
         "adamw8bit": ["--optimizer_type", "AdamW8bit", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20%",
                       "--mixed_precision", "bf16", "--full_bf16"],
         "adafactor": ["--optimizer_type", "Adafactor", "--lr_scheduler", "linear", "--lr_warmup_steps", 0.5,
-                      "--gradient_checkpointing", "--gradient_accumulation_steps", 2, "--optimizer_args", "clip_threshold=0.5", "weight_decay=0.01"],
+                      "--gradient_checkpointing", "--gradient_accumulation_steps", 2,
+                      "--optimizer_args", "clip_threshold=0.5", "weight_decay=0.01"],
     }
     worked(*run_all(*([*base, "--output_name", name, *more] for name, more in flags.items())))
     rates = {name: [rate / 1e-3 for rate in column(tmp_path / "out", "learning_rate", name)] for name in flags}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from library.atomic import atomic_file, write_atomic
+from library.atomic import atomic_file, sweep, write_atomic
 from library.errors import UserError
 
 
@@ -57,3 +57,14 @@ def test_the_position_may_be_moved_back(tmp_path):
         file.seek(0)
         file.write(b"1234")
     assert (tmp_path / "a.bin").read_bytes() == b"1234-data"
+
+
+def test_leftovers_of_killed_runs_are_swept_when_nobody_writes_to_them(tmp_path):
+    old, fresh, foreign, whole = (tmp_path / name for name in (".m[1]-step.abc.tmp", ".m[1].def.tmp", ".other.ghi.tmp", "m[1].safetensors"))
+    for path in (old, fresh, foreign, whole):
+        path.write_bytes(b"")
+    for path in (old, foreign, whole):
+        os.utime(path, (1, 1))
+    assert sweep(tmp_path, "m[1]") == [old]
+    assert sorted(tmp_path.iterdir()) == sorted([fresh, foreign, whole])
+    assert sweep(tmp_path / "nowhere", "m") == []
