@@ -15,7 +15,7 @@ rm -rf "$OUT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')}"
 echo
 echo "accelerate launch flux_train.py --config_file configs/quickstart/flux.toml"
-"$PYTHON" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+"$PYTHON" -m accelerate.commands.launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process "$OMP_NUM_THREADS" flux_train.py --config_file configs/quickstart/flux.toml "$@"
 
 cat <<EOT

@@ -15,6 +15,7 @@ from library import preview
 from library.architectures.base import Architecture
 from library.atomic import sweep, write_atomic
 from library.checkpoint.metadata import modelspec, thumbnail_url
+from library.checkpoint.writer import require_room
 from library.config.parse import Config, to_toml
 from library.dist import Runtime
 from library.encode import Encoded
@@ -46,8 +47,11 @@ class Outputs:
             every_n_steps=saving.save_every_n_steps, every_n_epochs=saving.save_every_n_epochs, n_epoch_ratio=saving.save_n_epoch_ratio,
             last_n_steps=saving.save_last_n_steps, last_n_epochs=saving.save_last_n_epochs, protected=arch.files(),
         )
+        self.stored_dtype = STORED[saving.stored_dtype(config.weights_dtype)]
         main = runtime.is_main
         if main:
+            # Better now than after a day of training.
+            require_room(self.folder / f"{self.name}.safetensors", self.stored_dtype.itemsize * sum(p.numel() for p in denoiser.parameters()))
             for path in sweep(self.folder, self.name):
                 log.info("removed %s, left half-written by a run that was killed", path)
             write_atomic(self.folder / f"{self.name}_config.toml", to_toml(config))
@@ -146,7 +150,7 @@ class Outputs:
 
     def _write(self, path: Path, info: dict) -> None:
         """One checkpoint file, with metadata that is true of it."""
-        started, saving, fields = time.monotonic(), self.config.saving, self.config.metadata
+        started, fields = time.monotonic(), self.config.metadata
         metadata = {}
         if not fields.no_metadata:
             metadata = modelspec(
@@ -157,5 +161,5 @@ class Outputs:
                 merged_from=fields.metadata_merged_from, trigger_phrase=fields.metadata_trigger_phrase,
                 extra={"ss_steps": str(info["step"]), "ss_epoch": str(info["epoch"])},
             )
-        self.method.export(self.arch, self.denoiser, path, STORED[saving.stored_dtype(self.config.weights_dtype)], metadata)
+        self.method.export(self.arch, self.denoiser, path, self.stored_dtype, metadata)
         log.info("saved %s (%.2f GB in %.1f s)", path, path.stat().st_size / 1e9, time.monotonic() - started)

@@ -36,7 +36,7 @@ def write_safetensors(path: Path, entries: Iterable[Entry | tuple[str, tuple[int
     entries = sorted((Entry(*entry) for entry in entries), key=lambda entry: -DTYPE_BYTES[entry.dtype])
     assert len({entry.name for entry in entries}) == len(entries), "a name is written twice"
     header, data_bytes = _header(entries, {**(metadata or {}), **({add_hash_key: _HASH_PLACEHOLDER} if add_hash_key else {})})
-    _check_room(path, len(header) + data_bytes)
+    require_room(path, len(header) + data_bytes)
     digest, done = hashlib.sha256(), 0
     # hashing and writing both let go of the interpreter lock, so the hash costs no time beside the disk
     with atomic_file(path) as file, ThreadPoolExecutor(max_workers=1) as hasher:
@@ -112,7 +112,8 @@ def _finite(values: torch.Tensor) -> bool:
     return bool(values.sum(dtype=wide).isfinite()) or bool(torch.isfinite(values).all())
 
 
-def _check_room(path: Path, needed: int) -> None:
+def require_room(path: Path, needed: int) -> None:
+    """UserError when the disk of ``path`` has less than ``needed`` bytes free. The folder need not exist yet."""
     folder = path.parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
