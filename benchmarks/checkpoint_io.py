@@ -90,7 +90,8 @@ def main() -> None:
                 best[who] = (min(run["seconds"] for run in runs), max(run["peak"] for run in runs) / size)
                 rows.append((f"{verb}, {who}", best[who][0], best[who][0] / best["plain"][0], best[who][1]))
     print(machine())
-    table(f"Checkpoint of {size / 1e9:.2f} GB float32, best of {arguments.repeats}", ("what", "seconds", "time / plain", "peak / weights"), rows)
+    table(f"Checkpoint of {size / 1e9:.2f} GB float32, best of {arguments.repeats}",
+          ("what", "seconds", "time / plain", "peak / weights"), rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def environment() -> dict[str, str]:
 
 def in_process(script: Path, *arguments: str) -> dict[str, float]:
     """Run ``script --child arguments`` and return the JSON object of its last line of output."""
-    done = subprocess.run([sys.executable, str(script), "--child", *arguments], capture_output=True, text=True, env=environment(), cwd=ROOT)
+    done = subprocess.run([sys.executable, str(script), "--child", *arguments], capture_output=True, text=True,
+                          env=environment(), cwd=ROOT)
     if done.returncode != 0:
         raise SystemExit(f"{script.name} {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -59,5 +60,6 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -
 def machine() -> str:
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores ({platform.processor() or platform.machine()})"
+    processor = platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores ({processor})"
     return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"

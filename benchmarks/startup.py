@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import ROOT, environment, machine, table, wall_seconds  # noqa: E402
 from tests.tiny import make_flux_files  # noqa: E402
 
-IMPORTS = "import torch; from diffusers import FluxTransformer2DModel, AutoencoderKL; from transformers import CLIPTextModel, T5EncoderModel"
+IMPORTS = ("import torch; from diffusers import FluxTransformer2DModel, AutoencoderKL; "
+           "from transformers import CLIPTextModel, T5EncoderModel")
 
 
 def main() -> None:
@@ -36,8 +37,9 @@ def main() -> None:
         bad.write_text(good.read_text(encoding="utf-8") + "num_repeat = 1\n", encoding="utf-8")
 
         def train(dataset: Path) -> list[str]:
-            return [sys.executable, "flux_train.py", "--pretrained_model_name_or_path", str(files.checkpoint), "--dataset_config", str(dataset),
-                    "--output_dir", str(folder / "out"), "--max_train_steps", "1", "--cache_latents", "--cache_text_encoder_outputs"]
+            return [sys.executable, "flux_train.py", "--pretrained_model_name_or_path", str(files.checkpoint),
+                    "--dataset_config", str(dataset), "--output_dir", str(folder / "out"), "--max_train_steps", "1",
+                    "--cache_latents", "--cache_text_encoder_outputs"]
 
         def refused() -> float:
             started = time.perf_counter()

@@ -53,7 +53,7 @@ def _report(problems: Sequence[str], of_one_process: bool = False) -> None:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if len(problems) > 1:
-        print(f"error: {len(problems)} problems, nothing was started", file=sys.stderr)
+        print(f"error: {len(problems)} problems, nothing was trained", file=sys.stderr)
 
 
 def _known_failure(error: Exception) -> list[str] | None:
@@ -62,10 +62,12 @@ def _known_failure(error: Exception) -> list[str] | None:
         return [f"out of memory on the device: {str(error).splitlines()[0]}; lower --train_batch_size or the resolution, "
                 "add --gradient_checkpointing, --cache_latents and --cache_text_encoder_outputs, "
                 "or use --optimizer_type AdamW8bit or Adafactor"]
-    if type(error).__name__ == "DistBackendError" or (isinstance(error, RuntimeError) and "Connection closed by peer" in str(error)):
+    peer_is_gone = isinstance(error, RuntimeError) and "Connection closed by peer" in str(error)
+    if peer_is_gone or type(error).__name__ == "DistBackendError":
         return ["another process of this run has ended; its own message tells why"]
     if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", -1)):
         return ["no space left on the disk; free some space, or write to another disk (--output_dir, --logging_dir, --cache_dir)"]
     if isinstance(error, OSError) and error.filename is not None:
-        return [f"{Path(os.fsdecode(error.filename))}: {error.strerror or error}; check the path, its permissions and the free space"]
+        path = Path(os.fsdecode(error.filename))
+        return [f"{path}: {error.strerror or error}; check the path, its permissions and the free space"]
     return None

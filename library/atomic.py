@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,7 +31,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; the result should be an ordinary one
+        with suppress(OSError):  # some foreign and network file systems know no permissions
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; the result should be an ordinary one
         os.replace(temporary, path)
         temporary = None
         _fsync_folder(path.parent)

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,7 @@ class StepLog:
     """One CSV row per step, flushed as it is written; a file of the same name from an earlier run is started anew."""
 
     def __init__(self, path: Path | None):
-        self.path = path
-        self.file = None
+        self.path, self.file, self.failed = path, None, False
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("w", newline="", encoding="utf-8", buffering=1)
@@ -86,8 +85,17 @@ class StepLog:
 
     def write(self, row: Mapping[str, Any]) -> None:
         if self.file is not None:
-            self.rows.writerow({name: row.get(name, "") for name in CSV_FIELDS})
+            self._try(lambda: self.rows.writerow({name: row.get(name, "") for name in CSV_FIELDS}))
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            self._try(self.file.close)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        """A full disk costs rows, not the training; it is said once."""
+        try:
+            action()
+        except OSError as error:
+            if not self.failed:
+                log.error("%s cannot be written, training goes on: %s", self.path, error.strerror or error)
+            self.failed = True

@@ -62,7 +62,7 @@ class StepReport:
 def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None]) -> int:
     """Run until ``total_steps`` or until ``stop`` is requested. Returns the number of steps done, first_step included.
 
-    Raises UserError for a loss or gradient that is not finite, before the weights have taken it.
+    Raises UserError for a gradient that is not finite, before the weights have taken it, and for a loss that is not.
     """
     done = task.first_step
     started = time.perf_counter()
@@ -109,19 +109,22 @@ def _backward(task: Task, batch: Batch, step: int, samples: int, last: bool) -> 
     # DistributedDataParallel decides in the forward pass whether this backward exchanges gradients.
     with nullcontext() if last else runtime.no_sync(task.denoiser):
         with runtime.autocast():
-            losses = training_losses(task.arch, task.denoiser, task.objective, latents, text, weight, batch.sample_ids, task.seed, step)
+            losses = training_losses(task.arch, task.denoiser, task.objective, latents, text, weight, batch.sample_ids, task.seed,
+                                     step)
         # It averages gradients over ranks; the loss is a mean over all their samples, hence the factor.
-        total = mean(losses, torch.ones_like(losses), samples) * runtime.world_size
+        total = mean(losses, samples) * runtime.world_size
         (task.scaler.scale(total) if task.scaler is not None else total).backward()
     return losses.detach()
 
 
 def _not_finite(runtime: Runtime, step: int, losses: list[torch.Tensor], micro: tuple[Batch, ...]) -> NonFinite | None:
     """The error that names the pictures whose loss is NaN or infinite; None when every loss is finite."""
-    here = [path for part, batch in zip(losses, micro) for value, path in zip(part.tolist(), batch.paths) if not math.isfinite(value)]
+    here = [path for part, batch in zip(losses, micro) for value, path in zip(part.tolist(), batch.paths)
+            if not math.isfinite(value)]
     names = runtime.join_over_ranks(here)
     if not names:
         return None
-    return NonFinite(f"the loss is NaN or infinite for {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}", place=f"step {step}",
+    shown = ", ".join(names[:4]) + (" and others" if len(names) > 4 else "")
+    return NonFinite(f"the loss is NaN or infinite for {shown}", place=f"step {step}",
                      remedy="lower --learning_rate or raise --lr_warmup_steps, and look at these pictures and captions; "
                             "the weights of this step were not saved, earlier files are untouched")

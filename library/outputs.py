@@ -34,8 +34,9 @@ STORED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Outputs:
     """Decides after each step what is due and writes it, on the first rank; the others wait. A context manager."""
 
-    def __init__(self, config: Config, runtime: Runtime, arch: Architecture, method: ModuleType, denoiser: nn.Module, encoded: Encoded,
-                 prompts: tuple[Prompt, ...], resolution: tuple[int, int], *, total_steps: int, steps_per_epoch: int):
+    def __init__(self, config: Config, runtime: Runtime, arch: Architecture, method: ModuleType, denoiser: nn.Module,
+                 encoded: Encoded, prompts: tuple[Prompt, ...], resolution: tuple[int, int], *, total_steps: int,
+                 steps_per_epoch: int):
         self.config, self.runtime, self.arch, self.method = config, runtime, arch, method
         self.denoiser, self.encoded, self.prompts, self.resolution = denoiser, encoded, prompts, resolution
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
@@ -44,14 +45,16 @@ class Outputs:
         self.name = saving.output_name
         self.saver = Saver(
             self.folder, self.name, total_epochs=math.ceil(total_steps / steps_per_epoch), write=self._write,
-            every_n_steps=saving.save_every_n_steps, every_n_epochs=saving.save_every_n_epochs, n_epoch_ratio=saving.save_n_epoch_ratio,
-            last_n_steps=saving.save_last_n_steps, last_n_epochs=saving.save_last_n_epochs, protected=arch.files(),
+            every_n_steps=saving.save_every_n_steps, every_n_epochs=saving.save_every_n_epochs,
+            n_epoch_ratio=saving.save_n_epoch_ratio, last_n_steps=saving.save_last_n_steps,
+            last_n_epochs=saving.save_last_n_epochs, protected=arch.files(),
         )
         self.stored_dtype = STORED[saving.stored_dtype(config.weights_dtype)]
         main = runtime.is_main
         if main:
             # Better now than after a day of training.
-            require_room(self.folder / f"{self.name}.safetensors", self.stored_dtype.itemsize * sum(p.numel() for p in denoiser.parameters()))
+            stored_bytes = self.stored_dtype.itemsize * sum(parameter.numel() for parameter in denoiser.parameters())
+            require_room(self.folder / f"{self.name}.safetensors", stored_bytes)
             for path in sweep(self.folder, self.name):
                 log.info("removed %s, left half-written by a run that was killed", path)
             write_atomic(self.folder / f"{self.name}_config.toml", to_toml(config))
@@ -77,7 +80,8 @@ class Outputs:
         self.done = report.step
         self.progress.update(report.step, report.loss, report.seconds, report.samples, report.peak_bytes)
         values = {"loss": report.loss, "learning_rate": report.update.learning_rate, "grad_norm": report.update.grad_norm,
-                  "seconds": report.seconds, "images_per_second": report.samples / report.seconds, "peak_bytes": report.peak_bytes}
+                  "seconds": report.seconds, "images_per_second": report.samples / report.seconds,
+                  "peak_bytes": report.peak_bytes}
         self.step_log.write({"step": report.step, "epoch": report.epoch + 1, **values})
         self.tracker.write(report.step, values)
         if self.runtime.is_main:
@@ -91,7 +95,7 @@ class Outputs:
             self.saver.after_step(report.step, report.epoch + 1)
             if report.epoch_ended:
                 self.saver.after_epoch(report.epoch + 1, report.step)
-        except UserError as error:
+        except (UserError, OSError) as error:
             log.error("not saved at step %d, training goes on: %s", report.step, error)
 
     def finish(self, done: int, signal_name: str | None) -> None:
@@ -101,11 +105,23 @@ class Outputs:
         self.progress.close()
         epoch = math.ceil(done / self.steps_per_epoch)
         if done == self.total_steps:
-            self.saver.final(done, epoch)
+            try:
+                self.saver.final(done, epoch)
+            except UserError:
+                self._keep_in_trained_dtype(done, epoch)
+                raise
         else:
             saved = self.saver.emergency(done, epoch)
             log.warning("stopped by %s after step %d of %d; %s", signal_name or "the end of its launcher", done, self.total_steps,
                         f"the weights are in {saved}" if saved else "nothing had been trained yet")
+
+    def _keep_in_trained_dtype(self, done: int, epoch: int) -> None:
+        """The final file could not be written, for instance because a weight exceeds fp16: save the weights without a cast."""
+        trained = STORED[self.config.weights_dtype]
+        if self.stored_dtype is trained:
+            return
+        self.stored_dtype = trained
+        log.error("the final file could not be written; the weights are in %s, as trained", self.saver.emergency(done, epoch))
 
     def draw_curve(self, done: int) -> None:
         """The loss curve, on disk and in the trackers."""
@@ -115,8 +131,8 @@ class Outputs:
             log.info("loss curve: %s", curve)
 
     def rescue(self, error: Exception) -> None:
-        """Training broke off, perhaps after days, for a reason that leaves the weights good: a picture that went away, a preview
-        that did not fit the memory. Keep them. Not after a NaN: then earlier files are the better ones."""
+        """Training broke off, perhaps after days, for a reason that leaves the weights good: a picture that went away, a
+        preview that did not fit the memory. Keep them. Not after a NaN: then earlier files are the better ones."""
         if not self.runtime.is_main or self.done == 0 or isinstance(error, NonFinite):
             return
         try:
@@ -132,31 +148,42 @@ class Outputs:
                                                every_n_epochs=sampling.sample_every_n_epochs, at_first=at_first):
             return
         if self.runtime.is_main:
-            vae = self.encoded.vae.to(self.runtime.device)
-            texts = self.encoded.prompts
+            try:
+                self._draw(step)
+            except UserError as error:  # a full disk, or on Windows a contact sheet that a viewer has open
+                if step == 0:
+                    raise
+                log.error("no previews at step %d, training goes on: %s", step, error)
+        self.runtime.wait()
 
-            def draw(prompt: Prompt, _index: int):
-                return self.arch.sample(self.denoiser, vae, prompt, texts[prompt.text], texts[prompt.negative],
-                                        self.runtime.compute_dtype)
+    def _draw(self, step: int) -> None:
+        """All previews of one step."""
+        vae = self.encoded.vae.to(self.runtime.device)
+        texts = self.encoded.prompts
 
-            self.denoiser.eval()
+        def draw(prompt: Prompt, _index: int):
+            return self.arch.sample(self.denoiser, vae, prompt, texts[prompt.text], texts[prompt.negative],
+                                    self.runtime.compute_dtype)
+
+        self.denoiser.eval()
+        try:
             rendered = preview.render_all(self.prompts, draw, self.folder / "sample", self.name, step)
+        finally:
             self.denoiser.train()
             if self.encoded.latents is not None:
                 vae.to("cpu")  # its device memory belongs to training again
-            self.tracker.picture(step, rendered.sheet)
-            log.info("previews of step %d: %s", step, rendered.sheet)
-        self.runtime.wait()
+        self.tracker.picture(step, rendered.sheet)
+        log.info("previews of step %d: %s", step, rendered.sheet)
 
-    def _write(self, path: Path, info: dict) -> None:
+    def _write(self, path: Path, info: dict[str, int]) -> None:
         """One checkpoint file, with metadata that is true of it."""
         started, fields = time.monotonic(), self.config.metadata
         metadata = {}
         if not fields.no_metadata:
             metadata = modelspec(
-                **self.arch.modelspec(), title=fields.metadata_title or self.name, resolution=self.resolution, date=datetime.now(),
-                author=fields.metadata_author, description=fields.metadata_description, license=fields.metadata_license,
-                tags=fields.metadata_tags, usage_hint=fields.metadata_usage_hint,
+                **self.arch.modelspec(), title=fields.metadata_title or self.name, resolution=self.resolution,
+                date=datetime.now(), author=fields.metadata_author, description=fields.metadata_description,
+                license=fields.metadata_license, tags=fields.metadata_tags, usage_hint=fields.metadata_usage_hint,
                 thumbnail=thumbnail_url(fields.metadata_thumbnail) if fields.metadata_thumbnail else None,
                 merged_from=fields.metadata_merged_from, trigger_phrase=fields.metadata_trigger_phrase,
                 extra={"ss_steps": str(info["step"]), "ss_epoch": str(info["epoch"])},

@@ -33,7 +33,7 @@ class Prompt:
     seed: int | None = None
     steps: int = 20
     cfg: float = 1.0
-    guidance: float = 3.5
+    guidance: float = 1.0
     place: str = ""
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.config.parse import Config, Entry
 from library.checkpoint.metadata import thumbnail_url
+from library.config.parse import Config, Entry
 from library.data import bucket, scan, spec
 from library.errors import UserError, raise_all
 from library.interrupt import stop_requested
@@ -21,6 +21,7 @@ from library.log import log, setup_logging
 from library.optim import schedule, table
 from library.prompts import Prompt, parse_prompts, with_seeds
 from library.saving import endangered
+from library.trackers import tracker_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +55,13 @@ def run(entry: Entry, config: Config) -> None:
     """Train as ``config`` says. Raises UserError for everything the user can mend."""
     started = time.monotonic()
     general = config.general
-    setup_logging(general.console_log_level, general.console_log_file, general.console_log_simple, os.environ.get("RANK", "0") == "0")
+    setup_logging(general.console_log_level, general.console_log_file, general.console_log_simple,
+                  is_main=os.environ.get("RANK", "0") == "0")
     for note in config.notes:
         log.info(note)
     optimizer = config.optimizer
-    data = read_data(config, also=[lambda: table.find(optimizer.optimizer_type), lambda: _check_thumbnail(config)])
+    data = read_data(config, also=[lambda: table.find(optimizer.optimizer_type), lambda: _check_thumbnail(config),
+                                   lambda: tracker_arguments(config.logging.log_tracker_config)])
     table.check(optimizer.optimizer_type, optimizer.optimizer_args)  # tries it out, which takes torch
     arch = importlib.import_module(entry.architecture).open_architecture(config.model, config.architecture)
     method = importlib.import_module(entry.method)
@@ -100,7 +103,7 @@ def run(entry: Entry, config: Config) -> None:
 
 
 def read_data(config: Config, also: Sequence[Callable[[], object]] = ()) -> DataPlan:
-    """Dataset file, pictures' headers, captions and preview prompts. Mistakes in all of them, and in ``also``, are told together."""
+    """Dataset file, pictures' headers, captions, preview prompts. Mistakes in all of them, and in ``also``, are told together."""
     step = config.architecture.latent.pixel_step
 
     def read_pictures() -> tuple[tuple[spec.DatasetSpec, ...], tuple[scan.Item, ...]]:
@@ -110,7 +113,7 @@ def read_data(config: Config, also: Sequence[Callable[[], object]] = ()) -> Data
     def read_prompts() -> tuple[Prompt, ...]:
         if config.sampling.sample_prompts is None or not config.sampling.scheduled:
             return ()
-        parsed = parse_prompts(config.sampling.sample_prompts, step)
+        parsed = parse_prompts(config.sampling.sample_prompts, step, config.architecture.preview)
         for note in parsed.notes:
             log.info(note)
         return with_seeds(parsed.prompts)
@@ -147,8 +150,8 @@ def weights_dtype(config: Config) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.weights_dtype]
 
 
-def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: torch.nn.Module, groups: list[Group], encoded: Encoded,
-               data: DataPlan, plan: bucket.StepPlan, course: schedule.Schedule, total_steps: int) -> Task:
+def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: torch.nn.Module, groups: list[Group],
+               encoded: Encoded, data: DataPlan, plan: bucket.StepPlan, course: schedule.Schedule, total_steps: int) -> Task:
     """Recompute, optimizer and objective around the loaded denoiser: all that a step needs."""
     import torch
 
@@ -157,15 +160,19 @@ def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: t
     from library.memory.recompute import Recompute
     from library.objectives.flow import Flow
     from library.optim import rounding, updater
+    from library.optim.groups import assert_partition
 
     options, seed = config.optimizer, config.general.seed
+    assert_partition(groups, denoiser.named_parameters())
     for group in groups:
-        log.info("training %s: %.1f M parameters in %s, learning rate %g", group.name, sum(p.numel() for _, p in group.params) / 1e6,
-                 str(group.params[0][1].dtype).removeprefix("torch."), group.learning_rate)
+        log.info("training %s: %.1f M parameters in %s, learning rate %g", group.name,
+                 sum(p.numel() for _, p in group.params) / 1e6, str(group.params[0][1].dtype).removeprefix("torch."),
+                 group.learning_rate)
     if config.memory.gradient_checkpointing:
         Recompute(arch.blocks(denoiser))
     rounded = rounding.StochasticRounding(groups, seed) if weights_dtype(config) is torch.bfloat16 else None
-    optimizer = table.build(options.optimizer_type, options.optimizer_args, rounded.groups if rounded else groups, options.learning_rate)
+    stepped = rounded.groups if rounded else groups
+    optimizer = table.build(options.optimizer_type, options.optimizer_args, stepped, options.learning_rate)
     return Task(
         runtime=runtime,
         arch=arch,
@@ -178,6 +185,6 @@ def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: t
         seed=seed,
         first_step=0,
         total_steps=total_steps,
-        workers=config.dataset.workers(everything_cached=encoded.latents is not None),
+        workers=config.dataset.workers(latents_cached=encoded.latents is not None),
         scaler=torch.amp.GradScaler(runtime.device.type) if config.precision.mixed_precision == "fp16" else None,
     )

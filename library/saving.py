@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from library.log import log
+
 SUFFIX = ".safetensors"
 Write = Callable[[Path, dict[str, int]], None]
 
@@ -107,5 +109,9 @@ class Saver:
         names = [entry.name for entry in self.output_dir.iterdir()]
         for name in outdated(names, re.compile(pattern), current, keep):
             path = self.output_dir / name
-            if path.resolve() not in self.protected:
+            if path.resolve() in self.protected:
+                continue
+            try:
                 path.unlink(missing_ok=True)
+            except OSError as error:  # on Windows a file that another program has loaded cannot be removed
+                log.warning("%s is no longer kept, but could not be removed: %s", path, error.strerror or error)

@@ -13,8 +13,9 @@ from library.objectives.loss import per_sample
 from library.objectives.noise import draw
 
 
-def training_losses(arch: Architecture, denoiser: nn.Module, objective: Flow, latents: torch.Tensor, text: Mapping[str, torch.Tensor],
-                    weight: torch.Tensor, sample_ids: tuple[str, ...], seed: int, step: int) -> torch.Tensor:
+def training_losses(arch: Architecture, denoiser: nn.Module, objective: Flow, latents: torch.Tensor,
+                    text: Mapping[str, torch.Tensor], weight: torch.Tensor, sample_ids: tuple[str, ...], seed: int,
+                    step: int) -> torch.Tensor:
     """(B,) float32: each sample's loss times its weights, with gradients.
 
     ``latents`` (B, C, h, w); ``text`` named tensors (B, ...); ``weight`` (B,). Noise and level are functions of

@@ -82,7 +82,8 @@ class WandbSink:
         try:
             import wandb
         except ImportError:
-            raise UserError("wandb is not installed", place="--log_with", remedy="pip install wandb, or use --log_with tensorboard") from None
+            raise UserError("wandb is not installed", place="--log_with",
+                            remedy="pip install wandb, or use --log_with tensorboard") from None
         if key:
             wandb.login(key=key)
         self.wandb, self.run = wandb, wandb.init(project=project, **arguments)
@@ -100,19 +101,24 @@ class WandbSink:
         self.run.finish()
 
 
+def tracker_arguments(path: Path | None) -> dict[str, dict[str, Any]]:
+    """What ``--log_tracker_config`` holds: arguments per tracker in tables [tensorboard] and [wandb]. UserError otherwise."""
+    tables = load_toml(path)[0] if path is not None else {}
+    stray = [name for name, value in tables.items() if name not in ("tensorboard", "wandb") or not isinstance(value, dict)]
+    if stray:
+        raise UserError(f"{stray[0]!r} is not a table of a tracker", place=str(path),
+                        remedy="write [tensorboard] or [wandb] and the arguments below it")
+    return tables
+
+
 def open_tracker(options: LoggingOptions, settings: str | None, is_main: bool) -> Tracker:
     """Start the trackers that ``options`` name. ``settings``: TOML to show beside the curves, free of secrets and paths.
 
-    ``--log_tracker_config`` holds arguments per tracker in tables [tensorboard] and [wandb]; they add to the run's name.
-    Raises UserError for a tracker whose package is missing.
+    Raises UserError for a tracker whose package is missing or that refuses its arguments.
     """
     if not is_main or not options.trackers:
         return Tracker([])
-    extra = load_toml(options.log_tracker_config)[0] if options.log_tracker_config else {}
-    stray = [name for name, value in extra.items() if name not in ("tensorboard", "wandb") or not isinstance(value, dict)]
-    if stray:
-        raise UserError(f"{stray[0]!r} is not a table of a tracker", place=str(options.log_tracker_config),
-                        remedy="write [tensorboard] or [wandb] and the arguments below it")
+    extra = tracker_arguments(options.log_tracker_config)
     sinks: list[Sink] = []
     for name in options.trackers:
         if name == "tensorboard":
@@ -132,4 +138,5 @@ def public_settings(config: Config) -> str:
     settings = config.entry.settings().values()
     values = {one.name: getattr(getattr(config, one.section), one.name) for one in settings if one.meta["saved"]}
     shown = {name: value for name, value in values.items() if value is not None and not isinstance(value, Path)}
-    return "\n".join(f"{name} = {toml_text(value)}" for name, value in shown.items() if not any(mark in str(value) for mark in "/\\"))
+    return "\n".join(f"{name} = {toml_text(value)}" for name, value in shown.items()
+                     if not any(mark in str(value) for mark in "/\\"))

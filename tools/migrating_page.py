@@ -103,17 +103,18 @@ BEHAVIOUR = """## Behaviour that differs
 - **`--model_type chroma`** is refused: the dialect's fine-tuning script trains a FLUX model then.
 - **`--sample_every_*` without `--sample_prompts`** and **`--save_last_n_*` without `--save_every_n_*`** are errors.
 - **Latents** are the mean of the autoencoder's posterior, cached or not; the dialect caches one random sample of it.
-- **Noise and noise levels** are float32 and a function of the seed, the step and the picture: the same on any number of workers and
-  GPUs, and 1x4 accumulated equals 4x1. The level reaches the model exactly, not rounded to bf16.
+- **Noise and noise levels** are float32 and a function of the seed, the step and the picture: the same on any number of workers
+  and GPUs, and 1x4 accumulated equals 4x1. The level reaches the model exactly, not rounded to bf16.
 - **The order of pictures** is a function of the seed and the epoch: nothing is shown twice or left out, whatever the workers do.
 - **Warm-up** makes its first update at 1/N of the learning rate, not at 0.
-- **Adafactor** is used with `relative_step=False scale_parameter=False warmup_init=False`; `relative_step` and `warmup_init` are refused,
-  because the rate comes from `--learning_rate` and `--lr_scheduler`.
+- **Adafactor** is used with `relative_step=False scale_parameter=False warmup_init=False`; `relative_step` and `warmup_init` are
+  refused, because the rate comes from `--learning_rate` and `--lr_scheduler`.
 - **`--max_grad_norm`** clips the norm over all weights, always.
-- **Datasets**: a picture without a caption, an empty caption, `num_repeats` below 1 and a folder that stands twice are errors; buckets are
-  chosen by the logarithm of the aspect ratio; transparency is laid on white; a relative `image_dir` that does not exist where the
-  command runs is looked for beside the dataset file.
-- **Previews**: an unknown option in a prompt file is an error; text is never taken for an option; a prompt without `--d` gets a fixed seed.
+- **Datasets**: a picture without a caption, an empty caption, `num_repeats` below 1 and a folder that stands twice are errors;
+  buckets are chosen by the logarithm of the aspect ratio; transparency is laid on white; a relative `image_dir` that does not
+  exist where the command runs is looked for beside the dataset file.
+- **Previews**: an unknown option in a prompt file is an error; text is never taken for an option; a prompt without `--d` gets a
+  fixed seed.
 - **A NaN or infinite loss** stops the run before the weights take it, with the step and the pictures.
 - **Caches** are found by content (picture, caption, encoder, settings), so there is nothing to delete after an edit; cache files
   of other trainers are not read.

@@ -10,7 +10,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-WORDS = ("a", "photo", "of", "picture", "the", "cat", "dog", "red", "blue", "green", "and", "with", "in", "on", "girl", "rocket", "coffee")
+WORDS = ("a", "photo", "of", "picture", "the", "cat", "dog", "red", "blue", "green", "and", "with", "in", "on", "girl",
+         "rocket", "coffee")
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -44,7 +45,8 @@ def write_t5_tokenizer(folder: Path, words: Iterable[str] = WORDS) -> int:
     metaspace = {"replacement": "▁", "prepend_scheme": "always", "split": True}
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**metaspace)])
     tokenizer.decoder = decoders.Metaspace(**metaspace)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>",
+                                                             special_tokens=[("</s>", 1)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     return -(-len(pieces) // 8) * 8

@@ -73,7 +73,8 @@ class Architecture(Protocol):
     def truncation_note(self, encoders: TextEncoders) -> str:
         """One line about captions that were too long since the last call, or an empty string."""
 
-    def predict(self, denoiser: nn.Module, x_t: torch.Tensor, level: torch.Tensor, text: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def predict(self, denoiser: nn.Module, x_t: torch.Tensor, level: torch.Tensor,
+                text: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(B, C, h, w), (B,) noise level in [0, 1], text -> (B, C, h, w) float32: the velocity noise - latents."""
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:

@@ -70,7 +70,8 @@ class Flux:
 
     def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> TextEncoders:
         modules = {"clip": load_clip(self.parts.clip_l, dtype, device), "t5": load_t5(self.parts.t5xxl, dtype, device)}
-        tokenizers = Tokenizers(load_tokenizer("clip", self.parts.clip_l_tokenizer), load_tokenizer("t5", self.parts.t5xxl_tokenizer))
+        tokenizers = Tokenizers(load_tokenizer("clip", self.parts.clip_l_tokenizer),
+                                load_tokenizer("t5", self.parts.t5xxl_tokenizer))
         return TextEncoders(modules, tokenizers)
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -82,13 +83,14 @@ class Flux:
         return encode_image(vae, pixels)
 
     def encode_text(self, encoders: TextEncoders, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        return encode_text(encoders.modules["clip"], encoders.modules["t5"], encoders.tokenizers, list(captions), self.text_tokens,
-                           self.options.apply_t5_attn_mask)
+        return encode_text(encoders.modules["clip"], encoders.modules["t5"], encoders.tokenizers, captions,
+                           self.text_tokens, self.options.apply_t5_attn_mask)
 
     def truncation_note(self, encoders: TextEncoders) -> str:
         return encoders.tokenizers.truncation_note(self.text_tokens)
 
-    def predict(self, denoiser: nn.Module, x_t: torch.Tensor, level: torch.Tensor, text: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def predict(self, denoiser: nn.Module, x_t: torch.Tensor, level: torch.Tensor,
+                text: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return predict(denoiser, x_t, level, text, self.options.guidance_scale, self.options.apply_t5_attn_mask)
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
@@ -96,7 +98,8 @@ class Flux:
 
     def sample(self, denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
                negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> Image.Image:
-        return sample(denoiser, vae, prompt, positive, negative, compute_dtype, self.file.variant == "schnell", self.options.apply_t5_attn_mask)
+        return sample(denoiser, vae, prompt, positive, negative, compute_dtype, self.file.variant == "schnell",
+                      self.options.apply_t5_attn_mask)
 
     def export(self, denoiser: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """The names of the original release, with the prefix of the input; an all-in-one file keeps its other parts."""

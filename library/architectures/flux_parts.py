@@ -99,11 +99,11 @@ def open_parts(pretrained: str | Path, *, ae: Path | str | None = None, clip_l: 
     found, errors = find(transformer.whole, specs, known_keys.recognise, hub)
     beside = search_folders(transformer.whole.path)[0]
     tokenizers = {}
-    for kind, given in {"clip_l_tokenizer": clip_l_tokenizer, "t5xxl_tokenizer": t5xxl_tokenizer}.items():
+    for kind, wanted in {"clip_l_tokenizer": clip_l_tokenizer, "t5xxl_tokenizer": t5xxl_tokenizer}.items():
         encoder = found.get(kind.removesuffix("_tokenizer"))
         own = search_folders(encoder.source.path)[0] if isinstance(encoder, Found) else []
         try:
-            tokenizers[kind] = find_tokenizer(TOKENIZERS[kind], given, [*own, *beside], _repository(pretrained), hub)
+            tokenizers[kind] = find_tokenizer(TOKENIZERS[kind], wanted, [*own, *beside], _repository(pretrained), hub)
         except UserError as error:
             errors.append(error)
     raise_all(errors)

@@ -25,7 +25,8 @@ def sample(denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mappin
 
     ``negative`` acts when ``prompt.cfg`` is above 1. Latents stay float32 between steps whatever the weights' dtype.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline  # pipelines take seconds to import, and not every run draws
+    # Pipelines take seconds to import, and not every run draws.
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     scheduler = FlowMatchEulerDiscreteScheduler(**(SCHNELL_SCHEDULE if schnell else DEV_SCHEDULE))
     pipeline = FluxPipeline(scheduler=scheduler, vae=vae, transformer=denoiser, text_encoder=None, tokenizer=None,

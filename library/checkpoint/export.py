@@ -57,7 +57,8 @@ def export_module(module: nn.Module | Mapping[str, torch.Tensor], bound: BoundMa
     else:
         tensors = module
         bound = identity({name: tuple(tensor.shape) for name, tensor in module.items()}) if bound is None else bound
-    wanted, names = {prefix + name.removeprefix(prefix) for name in also}, {prefix + name: name for name in bound.original_shapes()}
+    wanted = {prefix + name.removeprefix(prefix) for name in also}
+    names = {prefix + name: name for name in bound.original_shapes()}
     copies = {prefix + name: name for name in bound.optional_shapes() if prefix + name in wanted}
     shapes = bound.original_shapes() | bound.optional_shapes()
 

@@ -6,7 +6,7 @@ has fetched ten gigabytes of another.
 
 from __future__ import annotations
 
-import logging
+import json
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -14,8 +14,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from library.errors import UserError
-
-logger = logging.getLogger(__name__)
+from library.log import log
 
 SHARD_INDEX = ".safetensors.index.json"
 
@@ -93,7 +92,7 @@ class Hub:
         from huggingface_hub import errors, hf_hub_download
 
         size = f" ({file.size / 1e9:.1f} GB)" if file.size and file.size > 1e8 else ""
-        logger.info("downloading %s%s", file, size)
+        log.info("downloading %s%s", file, size)
         try:
             path = Path(hf_hub_download(file.repo, file.name, cache_dir=self.cache))
             for shard in _shards(path) if file.name.endswith(SHARD_INDEX) else ():
@@ -120,6 +119,4 @@ def _probe(endpoint: str) -> str:
 
 
 def _shards(index: Path) -> list[str]:
-    import json
-
     return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

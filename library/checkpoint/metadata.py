@@ -48,7 +48,8 @@ def thumbnail_url(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}", place="--metadata_thumbnail", remedy="check the path") from error
     kind = next((kind for start, kind in _IMAGE_KINDS.items() if data.startswith(start)), None)
     if kind is None:
-        raise UserError(f"{path} is no PNG, JPEG or WebP picture", place="--metadata_thumbnail", remedy="use one of these formats")
+        raise UserError(f"{path} is no PNG, JPEG or WebP picture", place="--metadata_thumbnail",
+                        remedy="use one of these formats")
     if len(data) > 1 << 20:
         raise UserError(f"{path} has {len(data) / 1e6:.1f} MB; it is stored in every saved file", place="--metadata_thumbnail",
                         remedy="use a picture under 1 MB, for instance a JPEG of 256x256")

@@ -97,9 +97,10 @@ def _output(config: Config) -> Iterator[Problem]:
     yield from _writable(config, "output_dir", folder)
     for flag, path in (("dataset_config", config.dataset.dataset_config), ("sample_prompts", config.sampling.sample_prompts)):
         for written in (f"{name}_config.toml", f"{name}_log.csv"):
-            if path is not None and path.exists() and (folder / written).exists() and os.path.samefile(folder / written, path):
-                yield conflict(config, f"output_name output_dir {flag}", f"this run would write over {path}, which --{flag} reads",
-                               "choose another name or folder")
+            target = folder / written
+            if path is not None and path.exists() and target.exists() and os.path.samefile(target, path):
+                yield conflict(config, f"output_name output_dir {flag}",
+                               f"this run would write over {path}, which --{flag} reads", "choose another name or folder")
     model = config.model.pretrained_model_name_or_path
     result = folder / f"{name}.safetensors"
     if model is not None and result.exists() and Path(model).exists() and os.path.samefile(result, model):

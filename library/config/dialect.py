@@ -56,7 +56,7 @@ def _inert() -> Iterator[Record]:
                        "attention always runs through torch's scaled_dot_product_attention, which has these kernels")
     yield from records(INERT, "mem_eff_save", "files are always written tensor by tensor")
     yield from records(INERT, "use_safetensors", "files are always written as safetensors")
-    yield from records(INERT, "disable_mmap_load_safetensors", "no memory map outlives the reading of a file")
+    yield from records(INERT, "disable_mmap_load_safetensors", "files are read without memory maps")
     yield from records(INERT, "lowram highvram", "weights and caches are streamed, so there is no copy to place or to keep")
     yield from records(INERT, "skip_cache_check skip_latents_validity_check",
                        "cache entries are found by content, so there is no separate check to skip")

@@ -33,9 +33,10 @@ class OutputWritten(Exception):
 class Entry:
     """What an entry script names: its modules (imported later, they are heavy) and its light classes of options.
 
-    ``defaults`` replaces defaults of shared settings. ``architecture_options`` may carry class attributes ``dialect``
-    (Records of flags that it knows but does not offer) and ``weights_follow_mixed_precision`` (see ``Config.weights_dtype``),
-    and a method ``problems(config)`` (see ``check.problems``).
+    ``defaults`` replaces defaults of shared settings. ``architecture_options`` has class attributes ``latent`` (LatentSpec) and
+    ``preview`` (the Prompt whose values a prompt file may leave out), and may have ``dialect`` (Records of flags that it knows
+    but does not offer), ``weights_follow_mixed_precision`` (see ``Config.weights_dtype``) and a method ``problems(config)``
+    (see ``check.problems``).
     """
 
     program: str

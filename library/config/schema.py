@@ -77,7 +77,7 @@ class DatasetOptions:
     caption_extension: str | None = flag(None, "suffix of caption files", metavar="SUFFIX", default_text=".txt, else .caption")
     dataset_repeats: int = flag(1, "times each picture is shown per epoch", minimum=1)
     max_data_loader_n_workers: int = flag(
-        8, "processes that read pictures (never more than CPUs; none when everything is cached)", minimum=0, off="0")
+        8, "processes that read pictures (never more than CPUs; none when latents are cached)", minimum=0, off="0")
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -87,9 +87,9 @@ class DatasetOptions:
         sides = [int(side) for side in self.resolution.split(",")]
         return sides[0], sides[-1]
 
-    def workers(self, everything_cached: bool) -> int:
-        """Processes to start: cached tensors need none."""
-        return 0 if everything_cached else min(self.max_data_loader_n_workers, os.cpu_count() or 1)
+    def workers(self, latents_cached: bool) -> int:
+        """Processes to start: cached latents need none."""
+        return 0 if latents_cached else min(self.max_data_loader_n_workers, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)

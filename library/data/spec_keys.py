@@ -21,10 +21,6 @@ class Key:
     option: str | None = None
 
 
-def _whole_number(value: Any) -> str | None:
-    return None if type(value) is int else "a whole number"
-
-
 def _at_least_one(value: Any) -> str | None:
     return None if type(value) is int and value >= 1 else "a whole number of at least 1"
 

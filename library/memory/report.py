@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 
@@ -15,7 +17,5 @@ def peak_bytes(device: torch.device) -> int:
         import psutil  # Windows
 
         return psutil.Process().memory_info().peak_wset
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS

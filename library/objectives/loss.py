@@ -20,11 +20,11 @@ def per_sample(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -
     return error.mean(dim=(1, 2, 3))
 
 
-def mean(losses: Tensor, weight: Tensor, samples: float) -> Tensor:
-    """sum(losses * weight) / samples: this batch's share of the mean over an optimizer step, a scalar to back-propagate.
+def mean(losses: Tensor, samples: float) -> Tensor:
+    """sum(losses) / samples: this batch's share of the mean over an optimizer step, a scalar to back-propagate.
 
-    ``losses`` and ``weight`` are (B,). ``samples`` counts the real samples of the whole step, over all of its micro-batches:
+    ``losses`` (B,) are weighted. ``samples`` counts the real samples of the whole step, over all of its micro-batches:
     then the gradients of the micro-batches add up to those of one large batch, also when their sizes differ. Where ranks
     average their gradients, it is that count over all ranks divided by the number of ranks.
     """
-    return (losses * weight).sum() / samples
+    return losses.sum() / samples

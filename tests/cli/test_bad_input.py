@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import ROOT, environment, run_script, with_flag
-from tests.contract.conftest import dataset_file, make_pictures
+from tests.contract.conftest import dataset_file
 
 
 class Bench:

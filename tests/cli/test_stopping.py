@@ -161,3 +161,19 @@ def test_a_loss_that_is_not_finite_names_step_and_pictures(base, files, tmp_path
     assert is_whole(tmp_path / "out" / "last-step00000001.safetensors", files.checkpoint)
     assert not checkpoints(tmp_path / "wrecked") and not leftovers(tmp_path)
     assert len(rows(tmp_path / "out")) == 1 and not rows(tmp_path / "wrecked")
+
+
+def test_weights_that_do_not_fit_the_saved_format_are_kept_as_trained(files, base, tmp_path):
+    """--save_precision fp16 with a weight beyond its range: the error names it, and the training is not lost."""
+    tensors = load_file(files.checkpoint)
+    tensors["img_in.bias"] = torch.full_like(tensors["img_in.bias"], 0.1)
+    tensors["img_in.bias"][0] = 1e5
+    for name in ("double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_mlp.0.weight"):
+        tensors[name] = tensors[name] * 1e-3  # so that the run itself stays finite
+    save_file(tensors, tmp_path / "flux1-dev.safetensors")
+    flags = with_flag(base, "pretrained_model_name_or_path", tmp_path / "flux1-dev.safetensors")
+    for name in ("ae", "clip_l", "t5xxl", "clip_l_tokenizer", "t5xxl_tokenizer"):
+        flags = with_flag(flags, name, getattr(files, name))
+    done = run_script(*flags, "--save_precision", "fp16")
+    assert done.status == 2 and "img_in.bias" in done.errors[-1] and "Traceback" not in done.text, done.text
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == ["last-step00000002.safetensors"]

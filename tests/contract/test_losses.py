@@ -74,8 +74,18 @@ def test_previews_leave_the_losses_alone(case, train, data, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red box --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
     plain = losses(train(tmp_path / "plain", data, *STEPS, *CACHED))
-    drawn = losses(train(tmp_path / "drawn", data, *STEPS, *CACHED, "--sample_prompts", str(prompts), "--sample_every_n_steps", "2",
-                         "--sample_at_first"))
+    drawn = losses(train(tmp_path / "drawn", data, *STEPS, *CACHED, "--sample_prompts", str(prompts),
+                         "--sample_every_n_steps", "2", "--sample_at_first"))
     assert drawn == plain
     pictures = sorted(path.name for path in (tmp_path / "drawn" / "sample").glob("*.png"))
     assert len(pictures) == 5, pictures  # steps 0, 2, 4, 6 and the contact sheet
+
+
+def test_previews_that_cannot_be_written_do_not_end_the_training(case, train, data, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red box --w 64 --h 64 --s 1\n", encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sample").write_bytes(b"a file where the folder of the previews should be")
+    flags = ("--sample_prompts", str(prompts), "--sample_every_n_steps", "2")
+    assert len(losses(train(tmp_path / "out", data, *STEPS, *CACHED, *flags))) == 6
+    assert (tmp_path / "out" / "last.safetensors").exists()

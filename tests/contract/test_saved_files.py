@@ -17,7 +17,8 @@ def data(tmp_path):
 
 def header(path):
     with safe_open(path, "pt") as file:
-        return {name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in file.keys()}, file.metadata()
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}, file.metadata()
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("float", "F32"), ("bf16", "BF16"), ("fp16", "F16")])
@@ -46,8 +47,8 @@ def test_every_weight_trains(case, train, checkpoint, data, tmp_path):
     assert not still
 
 
-def test_saved_file_trains_on_and_predicts_the_same(case, train, checkpoint, data, tmp_path):
-    """The strict reader takes the saved file; the reloaded model equals the one in memory (float32 saved as float32)."""
+def test_saved_file_is_read_strictly_and_written_again_bit_for_bit(case, train, checkpoint, data, tmp_path):
+    """The strict reader takes the saved file, and what it made of it is the same file again (float32 saved as float32)."""
     train(tmp_path / "out", data, "--max_train_steps", "2", *CACHED)
     saved = tmp_path / "out" / "last.safetensors"
     for neighbour in checkpoint.parent.iterdir():  # the other parts are found beside the checkpoint
@@ -55,7 +56,8 @@ def test_saved_file_trains_on_and_predicts_the_same(case, train, checkpoint, dat
             (saved.parent / neighbour.name).symlink_to(neighbour)
 
     def opened(path):
-        config = parse(case.entry, ["--pretrained_model_name_or_path", str(path), "--dataset_config", str(path), "--output_dir", "unused"])
+        config = parse(case.entry, ["--pretrained_model_name_or_path", str(path), "--dataset_config", str(path),
+                                    "--output_dir", "unused"])
         return importlib.import_module(case.entry.architecture).open_architecture(config.model, config.architecture)
 
     arch = opened(saved)
@@ -78,8 +80,6 @@ def test_saved_file_is_taken_by_the_diffusers_converter(case, train, data, tmp_p
     train(tmp_path / "out", data, "--max_train_steps", "1", *CACHED)
     with safe_open(tmp_path / "out" / "last.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    config = parse(case.entry, ["--pretrained_model_name_or_path", str(tmp_path), "--dataset_config", str(tmp_path), "--output_dir", "unused"])
-    del config
     width = tensors["img_in.weight"].shape[0]
     source = inspect.getsource(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers)
     assert source.count("3072") == 1
@@ -87,16 +87,15 @@ def test_saved_file_is_taken_by_the_diffusers_converter(case, train, data, tmp_p
     exec(source.replace("3072", str(width)), namespace)
     converted = namespace["convert_flux_transformer_checkpoint_to_diffusers"](dict(tensors))
 
-    arch = _reopened(case, tmp_path / "out" / "last.safetensors", tensors)
-    assert set(converted) == set(arch)
-    assert all(torch.equal(converted[name], arch[name]) for name in converted)
+    ours = _reopened(tmp_path / "out" / "last.safetensors")
+    assert set(converted) == set(ours)
+    assert all(torch.equal(converted[name], ours[name]) for name in converted)
 
 
-def _reopened(case, path, tensors):
+def _reopened(path):
     """The same file through our own key map: module name -> tensor."""
     from library.architectures.flux_models import load_transformer
     from library.architectures.flux_parts import describe
     from library.checkpoint.reader import open_source
 
-    del case, tensors
     return load_transformer(describe(open_source(path)), torch.float32, "cpu").state_dict()

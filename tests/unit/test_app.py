@@ -20,7 +20,7 @@ def failing(monkeypatch):
 
 def test_user_errors_are_lines_on_stderr_and_status_2(failing, capsys):
     assert failing(UserErrors([UserError("one"), UserError("two", place="here", remedy="mend it")])) == 2
-    assert capsys.readouterr().err.splitlines() == ["error: one", "error: here: two; mend it", "error: 2 problems, nothing was started"]
+    assert capsys.readouterr().err.splitlines() == ["error: one", "error: here: two; mend it", "error: 2 problems, nothing was trained"]
 
 
 def test_only_the_first_rank_speaks(failing, capsys, monkeypatch):

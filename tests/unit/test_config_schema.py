@@ -30,8 +30,8 @@ def test_every_setting_is_well_formed():
 def test_derived_values():
     assert CachingOptions(cache_latents_to_disk=True).latents_cached and not CachingOptions().text_cached
     assert DatasetOptions(resolution="512").size == (512, 512) and DatasetOptions().size is None
-    assert DatasetOptions().workers(everything_cached=True) == 0
-    assert DatasetOptions(max_data_loader_n_workers=1).workers(everything_cached=False) == 1
+    assert DatasetOptions().workers(latents_cached=True) == 0
+    assert DatasetOptions(max_data_loader_n_workers=1).workers(latents_cached=False) == 1
     assert LoggingOptions().trackers == () and LoggingOptions(logging_dir=Path("x")).trackers == ("tensorboard",)
     assert LoggingOptions(log_with="all").trackers == ("tensorboard", "wandb")
     assert [SavingOptions(save_precision=one).stored_dtype("bf16") for one in (None, "float", "fp16")] == ["bf16", "fp32", "fp16"]

@@ -1,5 +1,6 @@
 import csv
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,20 @@ def test_step_log_rows_can_be_read_while_the_run_goes_on(tmp_path):
     assert tuple(rows[0]) == CSV_FIELDS and rows[0]["loss"] == "0.5" and rows[0]["epoch"] == ""
     steps.close()
     StepLog(None).write({"step": 1})  # ranks other than the first
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_full_disk_costs_rows_and_is_said_once(tmp_path):
+    setup_logging("INFO", tmp_path / "run.log", simple=True, is_main=True)
+    steps = StepLog(tmp_path / "log.csv")
+    steps.file.close()
+    steps.file = open("/dev/full", "w", encoding="utf-8", buffering=1)
+    steps.rows = csv.DictWriter(steps.file, CSV_FIELDS)
+    for step in (1, 2):
+        steps.write({"step": step})
+    steps.close()
+    (line,) = (tmp_path / "run.log").read_text(encoding="utf-8").splitlines()
+    assert "log.csv cannot be written, training goes on: No space left" in line
 
 
 def test_progress_speaks_at_the_first_and_last_step_in_a_log_file(tmp_path):

@@ -24,7 +24,7 @@ def test_preset_is_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)  # paths in presets are relative to the repository
     config = parse(flux_train.ENTRY, ["--config_file", str(path)], env={"ACCELERATE_MIXED_PRECISION": "bf16"})
     assert not config.notes
-    assert parse_prompts(config.sampling.sample_prompts, STEP).prompts
+    assert parse_prompts(config.sampling.sample_prompts, STEP, FluxOptions.preview).prompts
     try:
         spec.load(config.dataset.dataset_config, config.dataset, STEP)
     except Exception as error:  # the preset's pictures are the user's; all else must be right

@@ -1,7 +1,9 @@
 import re
+from pathlib import Path
 
 import pytest
 
+from library.log import log
 from library.saving import Saver, epochs_between_saves, outdated
 
 
@@ -82,6 +84,18 @@ def test_old_files_go_only_after_the_new_one_stands(tmp_path):
     with pytest.raises(OSError):
         folder.saver.after_step(2, 1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["m-step00000001.safetensors"]
+
+
+def test_a_file_that_cannot_be_removed_stays_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    """On Windows another program may have it open."""
+    def refuse(self, missing_ok=False):
+        raise PermissionError(13, "in use", str(self))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(log, "propagate", True)
+    left = Folder(tmp_path, every_n_steps=1, last_n_steps=1).run(4, 4)
+    assert "m-step00000001.safetensors" in left and "m.safetensors" in left
+    assert "m-step00000001.safetensors is no longer kept" in caplog.text
 
 
 def test_an_emergency_saves_the_last_complete_step_once(tmp_path):
