@@ -64,9 +64,12 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Leave the process group in order: NCCL complains about a run that just ends."""
+        """Leave the process group together. NCCL complains about a run that just ends; gloo must be left to the end of the
+        process: destroying it while the replicated module still refers to it made the first rank hang now and then."""
         if self.world_size > 1:
-            torch.distributed.destroy_process_group()
+            self.wait()
+            if torch.distributed.get_backend() == "nccl":
+                torch.distributed.destroy_process_group()
 
 
 # While the first rank encodes a dataset, draws previews or writes 24 GB to a slow disk, the others wait at the next exchange.
