@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from pathlib import Path
 
 from library.atomic import atomic_file
 
 
-def smooth(values: list[float], weight: float) -> list[float]:
-    """Exponential mean with the bias of its start removed (Kingma and Ba 2015, section 3)."""
-    result, mean = [], 0.0
-    for count, value in enumerate(values, 1):
-        mean = weight * mean + (1 - weight) * value
-        result.append(mean / (1 - weight**count))
+def smooth(values: list[float], window: int) -> list[float]:
+    """Mean over up to ``window`` values on either side of each: centred, so that the curve does not lag behind its points."""
+    sums = [0.0, *itertools.accumulate(values)]
+    result = []
+    for index in range(len(values)):
+        first, end = max(0, index - window), min(len(values), index + window + 1)
+        result.append((sums[end] - sums[first]) / (end - first))
     return result
 
 
@@ -36,7 +38,7 @@ def write_loss_curve(csv_path: Path, png_path: Path, title: str = "") -> bool:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="#9db8d2", linewidth=0.8, label="each step")
-    mean = smooth(list(losses), 1 - 1 / max(5, min(100, len(losses) // 20)))
+    mean = smooth(list(losses), max(2, len(losses) // 50))
     axes.plot(steps, mean, color="#1f4e79", linewidth=2, label="running mean")
     axes.set(xlabel="step", ylabel="loss", title=title)
     axes.grid(alpha=0.3)

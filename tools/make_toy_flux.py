@@ -10,6 +10,7 @@ apart. Same seed, same files.
 """
 
 import argparse
+import logging
 import shutil
 import sys
 from dataclasses import dataclass
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="quickstart")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by diffusers; it advises packages that are of no use here
     make(arguments.output, SIZES[arguments.size], arguments.seed)
     print(f"toy FLUX.1-dev ({arguments.size}) in {arguments.output}")
 
