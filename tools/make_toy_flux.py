@@ -124,7 +124,8 @@ def make(folder: Path, size: Size, seed: int) -> None:
     vocabularies = write_clip_tokenizer(folder / "clip_l_tokenizer", words), write_t5_tokenizer(folder / "t5xxl_tokenizer", words)
     torch.manual_seed(seed)
     write(folder / "clip_l.safetensors", make_clip(vocabularies[0]), flux_keys.CLIP_L, torch.float16)
-    write(folder / "t5xxl.safetensors", make_t5(vocabularies[1]), flux_keys.T5, torch.float16, also=("encoder.embed_tokens.weight",))
+    write(folder / "t5xxl.safetensors", make_t5(vocabularies[1]), flux_keys.T5, torch.float16,
+          also=("encoder.embed_tokens.weight",))  # the published file holds the embedding twice
     write(folder / "flux1-dev.safetensors", make_transformer(size), flux_keys.TRANSFORMER, torch.bfloat16)
     shutil.copyfile(AUTOENCODER, folder / "ae.safetensors")
 
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="quickstart")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by diffusers; it advises packages that are of no use here
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by diffusers; advises packages of no use here
     make(arguments.output, SIZES[arguments.size], arguments.seed)
     print(f"toy FLUX.1-dev ({arguments.size}) in {arguments.output}")
 
