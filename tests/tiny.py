@@ -6,7 +6,6 @@ tokenizers, with seeded random weights. Key names and shapes follow the publishe
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from zlib import crc32
 import torch
 from safetensors.torch import save_file
 
+from tools.toy_tokenizers import write_clip_tokenizer, write_t5_tokenizer
+
 Shapes = dict[str, tuple[int, ...]]
 
 VAE_CHANNELS = (32, 32, 32, 32)
 CLIP_WIDTH = 64
 T5_WIDTH = 64
-WORDS = ("a photo of", "picture", "the", "cat", "dog", "red", "blue", "green", "and", "with", "in", "on", "girl", "rocket",
-         "coffee")
-
 
 @dataclass(frozen=True)
 class TinyFlux:
@@ -211,36 +209,3 @@ def t5_shapes(vocabulary: int, width: int = T5_WIDTH, heads: int = 4, key_width:
     shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, heads)
     shapes["encoder.final_layer_norm.weight"] = (width,)
     return shapes
-
-
-def write_clip_tokenizer(folder: Path) -> int:
-    """``vocab.json`` and ``merges.txt``: all bytes, a few merges, begin and end last as in the real one. Returns the size."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    folder.mkdir(parents=True, exist_ok=True)
-    symbols = sorted(ByteLevel.alphabet())
-    merges = ["t h", "th e</w>", "c a", "ca t</w>", "a n", "an d</w>"]
-    tokens = symbols + [symbol + "</w>" for symbol in symbols] + [merge.replace(" ", "") for merge in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    return len(tokens)
-
-
-def write_t5_tokenizer(folder: Path) -> int:
-    """``tokenizer.json``: a Unigram vocabulary of characters and some words. Returns the size, rounded up to 8."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-    from tokenizers.models import Unigram
-
-    folder.mkdir(parents=True, exist_ok=True)
-    words = sorted({word for phrase in WORDS for word in phrase.split()})
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [("▁" + word, -4.0) for word in words] + [(chr(code), -6.0) for code in range(33, 127)]
-    tokenizer = Tokenizer(Unigram(pieces, unk_id=2, byte_fallback=False))
-    metaspace = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
-    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always", split=True)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>",
-                                                             special_tokens=[("</s>", 1)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return -(-len(pieces) // 8) * 8
