@@ -42,6 +42,7 @@ def child(action: str, path: str) -> dict[str, float]:
     from library.checkpoint.export import export_module
     from library.checkpoint.flux_keys import TRANSFORMER
     from library.checkpoint.keymap import module_shapes
+    from library.checkpoint.metadata import HASH_KEY
     from library.checkpoint.reader import open_source
     from library.checkpoint.writer import write_safetensors
 
@@ -63,7 +64,7 @@ def child(action: str, path: str) -> dict[str, float]:
         module.load_state_dict(dict(pair for name, tensor in load_file(file).items() for pair in bound.to_module(name, tensor)))
     elif action == "save ours":
         entries = export_module(module, bound, dtype=torch.float32)
-        write_safetensors(target, entries.entries, entries.get)
+        write_safetensors(target, entries.entries, entries.get, {}, add_hash_key=HASH_KEY)  # as every save of a run
     elif action == "save plain":
         state = module.state_dict()
         save_file({name: bound.to_original(name, state.__getitem__) for name in bound.original_shapes()}, target)

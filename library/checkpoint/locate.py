@@ -13,7 +13,7 @@ from pathlib import Path
 from library.checkpoint.hub import Hub, HubFile
 from library.checkpoint.header import TensorInfo
 from library.checkpoint.source import Source, open_source
-from library.errors import UserError, nearest, raise_all
+from library.errors import UserError, nearest
 
 Tensors = Mapping[str, TensorInfo]
 Recogniser = Callable[[Tensors], str]  # what tensors look like, in words
@@ -47,14 +47,6 @@ class Found:
 
     source: Source
     origin: str
-
-
-def locate(checkpoint: Source, parts: Sequence[PartSpec], looks_like: Recogniser, hub: Hub | None = None) -> dict[str, Source]:
-    """Every part by name. One UserError (``UserErrors``) lists all that are missing, where each was sought, and its flag."""
-    hub = hub or Hub()
-    found, errors = find(checkpoint, parts, looks_like, hub)
-    raise_all(errors)
-    return {name: part.source for name, part in fetch(found, parts, looks_like, hub).items()}
 
 
 def find(checkpoint: Source, parts: Sequence[PartSpec], looks_like: Recogniser, hub: Hub,

@@ -8,7 +8,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -38,13 +38,6 @@ class Batch:
     geometry: torch.Tensor  # (B, 6) int64: original height, width; crop top, left; target height, width
     weight: torch.Tensor  # (B,) float32; 0 for a filler
     mask: None = None
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on ``device``."""
-        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device)
-        return replace(self, latents=move(self.latents), pixels=move(self.pixels), geometry=move(self.geometry),
-                       weight=move(self.weight), text=None if self.text is None else {k: move(v) for k, v in self.text.items()})
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,16 @@ from safetensors.torch import save_file
 
 import library.checkpoint.hub as hub_module
 from library.checkpoint.hub import Hub, HubFile
-from library.checkpoint.locate import PartSpec, find, locate
+from library.checkpoint.locate import PartSpec, fetch, find
 from library.checkpoint.source import open_source
-from library.errors import UserError
+from library.errors import UserError, raise_all
+
+
+def locate(checkpoint, parts, looks_like, hub):
+    """Every part by name, as the adapters find theirs: search first, download only when nothing is missing."""
+    found, errors = find(checkpoint, parts, looks_like, hub)
+    raise_all(errors)
+    return {name: part.source for name, part in fetch(found, parts, looks_like, hub).items()}
 
 
 def looks_like(tensors):
