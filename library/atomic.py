@@ -15,6 +15,15 @@ from typing import BinaryIO
 from library.errors import UserError
 
 
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+_UMASK = _umask()  # read once, while there is one thread: it can only be read by setting it
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file (read/write) that replaces ``path`` when the block ends, and vanishes when it raises.
@@ -32,7 +41,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         with suppress(OSError):  # some foreign and network file systems know no permissions
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; the result should be an ordinary one
+            os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes private files; the result should be an ordinary one
         os.replace(temporary, path)
         temporary = None
         _fsync_folder(path.parent)
@@ -75,12 +84,6 @@ def _explain(error: OSError, path: Path) -> OSError | UserError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"cannot write {path}: {error.strerror}", remedy="make the folder writable or choose another one")
     return error
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _fsync_folder(folder: Path) -> None:

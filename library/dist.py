@@ -48,11 +48,21 @@ class Runtime:
 
     def join_over_ranks(self, names: list[str]) -> list[str]:
         """The names of all ranks, without repeats, in the same order everywhere."""
+        return list(dict.fromkeys(name for part in self.exchange(names) for name in part))
+
+    def exchange(self, value: object) -> list:
+        """What every rank has, as a list in the order of the ranks. Values are pickled: keep them below some hundred MB."""
         if self.world_size == 1:
-            return names
-        gathered: list[list[str]] = [[] for _ in range(self.world_size)]
-        torch.distributed.all_gather_object(gathered, names)
-        return list(dict.fromkeys(name for part in gathered for name in part))
+            return [value]
+        gathered: list = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def require_agreement(self, what: str, value: str) -> None:
+        """Raise UserError where the processes do not see the same: they would wait for each other for ever."""
+        if len(set(self.exchange(value))) > 1:
+            raise UserError(f"the processes of this run do not see the same {what}",
+                            remedy="make sure that nothing changes it while the run starts, and that all machines share it")
 
     def any_rank(self, flag: bool) -> bool:
         """True everywhere as soon as one rank says so (ranks must agree on when to stop)."""

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy
 import torch
 from torch import nn
 
-from library.architectures.base import Architecture, TextEncoders
-from library.config.schema import CachingOptions
-from library.data.cache import Stored, opener
-from library.data.dataset import Batch
-from library.data.fill import fill_latents, fill_text
-from library.data.scan import Item
+from library.architectures.base import Architecture
+from library.config.data_options import CachingOptions
+from library.data import caption
+from library.data.dataset import Batch, LatentCache, TextCache, TrainingData
+from library.data.fill import Remember, fill_latents
+from library.data.fill_text import fill_text
+from library.data.filling import Ranks, mask_to_bytes
+from library.data.image import mask_to_cells, to_signal
+from library.data.items import Items
+from library.data.keys import cache_folders
+from library.data.select import Selection
+from library.data.showing import Course
+from library.data.store import Store
 from library.dist import Runtime
 from library.log import log
 from library.prompts import Prompt
@@ -42,60 +50,131 @@ class Lazy:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What training reads: ``latents`` per item and ``text`` per caption (None: encoded for each batch by ``batch``),
-    the encoded preview prompts, and the autoencoder that draws previews (on the CPU until it is used)."""
+    """What training reads: the pictures with what is cached of them, the function that encodes the rest of each batch, the
+    encoded preview prompts, and the autoencoder that draws previews (on the CPU until it is used).
 
-    latents: Sequence[Stored] | None
-    text: Mapping[str, Stored] | None
+    ``validation``: the held-out pictures, None when there are none. ``batch`` gives (B, C, h, w) latents, text and the mask
+    (B, 1, h, w) in 0..1 or None, on the device.
+    """
+
+    train: TrainingData
+    validation: TrainingData | None
     prompts: Mapping[str, Text]
     vae: nn.Module | None
-    batch: Callable[[Batch], tuple[torch.Tensor, Text]]
+    batch: Callable[[Batch], tuple[torch.Tensor, Text, torch.Tensor | None]]
 
 
-def encode_all(arch: Architecture, runtime: Runtime, caching: CachingOptions, items: Sequence[Item], batch_size: int,
-               prompts: Sequence[Prompt]) -> Encoded:
-    """Fill the caches that were asked for, encode the preview prompts, and free every model that training does not need."""
-    # Half precision overflows in some autoencoders and in T5: float16 runs encode in bfloat16 or float32 instead.
-    dtype = torch.bfloat16 if runtime.compute_dtype is not torch.float32 and runtime.device.type == "cuda" else torch.float32
+def encoding_dtype(runtime: Runtime) -> torch.dtype:
+    """In which the autoencoder and the text encoders run. Half precision overflows in some autoencoders and in T5: float16 runs
+    encode in bfloat16."""
+    fast = runtime.compute_dtype is not torch.float32 and runtime.device.type == "cuda"
+    return torch.bfloat16 if fast else torch.float32
+
+
+def encode_all(arch: Architecture, runtime: Runtime, caching: CachingOptions, selection: Selection, course: Course,
+               batch_size: int, prompts: Sequence[Prompt], remember: Remember | None = None) -> Encoded:
+    """Fill the caches that were asked for, encode the preview prompts, and free every model that training does not need.
+
+    ``course.variants`` says in how many variants captions are cached; ``remember`` keeps content hashes for the next start.
+    """
+    dtype = encoding_dtype(runtime)
     vae = Lazy(lambda: arch.load_vae(runtime.device, dtype))
     encoders = Lazy(lambda: arch.load_text_encoders(runtime.device, dtype))
+    train = TrainingData(selection.train, course)
+    held_out = TrainingData(selection.validation, replace(course, augmented=False)) if len(selection.validation) else None
+    parts = [train] if held_out is None else [train, held_out]
 
-    latents = None
     if caching.latents_cached:
-        latents_at = opener(caching.cache_dir, caching.cache_latents_to_disk)
-
-        def encode_pictures(pixels: torch.Tensor) -> torch.Tensor:
-            return arch.encode_image(vae.get(), pixels.to(runtime.device)).cpu()
-
-        latents = _ranks_in_turn(runtime, caching.cache_latents_to_disk, lambda: fill_latents(
-            items, latents_at, encode_pictures, arch.vae_identity(dtype), caching.vae_batch_size, _Announce("latents")))
+        parts = _cache_latents(arch, runtime, caching, vae, dtype, parts, remember)
     previewer = vae.get() if prompts and runtime.is_main else None
     if caching.latents_cached:
         previewer = previewer.to("cpu") if previewer is not None else None
         vae.free()  # before the text encoders come
-    text, encoded_prompts = None, {}
-    wanted = sorted({words for prompt in prompts for words in (prompt.text, prompt.negative)})
-    prompt_items = [replace(items[0], caption=words) for words in wanted]  # stored beside the first folder's captions
-    to_disk = caching.cache_text_encoder_outputs_to_disk
-
-    def encode_captions(captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        return {name: value.cpu() for name, value in arch.encode_text(encoders.get(), captions).items()}
-
-    def fill(some: Sequence[Item], announce: _Announce) -> Mapping[str, Stored]:
-        text_at = opener(caching.cache_dir, to_disk)
-        size = caching.text_encoder_batch_size or batch_size
-        return _ranks_in_turn(runtime, to_disk, lambda: fill_text(
-            some, text_at, encode_captions, arch.text_identity(dtype), size, announce))
-
-    if prompts:
-        stored = fill(prompt_items, _Announce("preview prompts"))
-        encoded_prompts = {words: {name: value[None] for name, value in one.read().items()} for words, one in stored.items()}
+    text = _Texts(arch, runtime, caching, encoders, dtype, caching.text_encoder_batch_size or batch_size, selection.train)
+    encoded_prompts = text.of_prompts(prompts) if prompts else {}
     if caching.text_cached:
-        text = fill(items, _Announce("text outputs"))
+        parts = text.cache(parts)
         if encoders.value is not None and (note := arch.truncation_note(encoders.value)):
             log.warning(note)
         encoders.free()
-    return Encoded(latents, text, encoded_prompts, previewer, _batch_encoder(arch, runtime.device, vae, encoders))
+    return Encoded(parts[0], parts[1] if held_out is not None else None, encoded_prompts, previewer,
+                   _batch_encoder(arch, runtime.device, vae, encoders))
+
+
+def _cache_latents(arch: Architecture, runtime: Runtime, caching: CachingOptions, vae: Lazy, dtype: torch.dtype,
+                   parts: Sequence[TrainingData], remember: Remember | None) -> list[TrainingData]:
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        return arch.encode_image(vae.get(), to_signal(pixels.to(runtime.device, non_blocking=True)))
+
+    places, folders = cache_folders(parts[0].items, caching.cache_dir)
+    store = Store(places if caching.cache_latents_to_disk else (), "latents")
+    filled = []
+    for part in parts:
+        rows = fill_latents(part.items, store, encode, arch.vae_identity(dtype), caching.vae_batch_size, folders=folders,
+                            flips=part.course.augmented, ranks=ranks_of(runtime), progress=Announce("latents"), remember=remember)
+        filled.append(replace(part, latents=LatentCache(store, rows)))
+    return filled
+
+
+class _Texts:
+    """Encodes texts into one store."""
+
+    def __init__(self, arch: Architecture, runtime: Runtime, caching: CachingOptions, encoders: Lazy, dtype: torch.dtype,
+                 batch_size: int, items: Items):
+        self.arch, self.runtime, self.encoders = arch, runtime, encoders
+        self.identity, self.batch_size = arch.text_identity(dtype), batch_size
+        places, self.folders = cache_folders(items, caching.cache_dir)
+        self.first = int(self.folders[items.listing[0]])  # what belongs to no picture lies with the first one
+        self.store = Store(places if caching.cache_text_encoder_outputs_to_disk else (), "text")
+
+    def of_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Text]:
+        """Every prompt and negative prompt -> its tensors with a batch dimension of 1."""
+        words = sorted({words for prompt in prompts for words in (prompt.text, prompt.negative)})
+        rows = self._rows(words, numpy.full(len(words), self.first), "preview prompts")
+        return {text: self.store.read_many([row]) for text, row in zip(words, rows, strict=True)}
+
+    def cache(self, parts: Sequence[TrainingData]) -> list[TrainingData]:
+        empty = -1
+        if any(subset.captions.dropout_rate or subset.captions.dropout_every_n_epochs for subset in parts[0].items.subsets):
+            empty = int(self._rows([""], numpy.array([self.first]), "the empty caption")[0])
+        filled = []
+        for part in parts:
+            texts = CaptionVariants(part.items, part.course)
+            folders = numpy.repeat(self.folders[part.items.listing], texts.count)
+            rows = self._rows(texts, folders, "text outputs").reshape(-1, texts.count)
+            filled.append(replace(part, text=TextCache(self.store, rows, empty)))
+        return filled
+
+    def _rows(self, texts: Sequence[str], folders: numpy.ndarray, what: str) -> numpy.ndarray:
+        return fill_text(texts, folders, self.store, lambda words: self.arch.encode_text(self.encoders.get(), words),
+                         self.identity, self.batch_size, trim=self.arch.text_trim, ranks=ranks_of(self.runtime),
+                         progress=Announce(what))
+
+
+class CaptionVariants(Sequence[str]):
+    """The texts that showings of ``items`` can have, ``count`` for each item one after the other; made when they are asked for.
+    An item with fewer variants repeats them."""
+
+    def __init__(self, items: Items, course: Course):
+        assert course.variants is not None, "captions that are cached have a number of variants"
+        self.items, self.course = items, course
+        self.count = course.variants if course.augmented else 1
+
+    def __len__(self) -> int:
+        return len(self.items) * self.count
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices: nobody needs them
+        item, variant = divmod(index, self.count)
+        return self._of(item)[variant]
+
+    def __iter__(self) -> Iterator[str]:
+        for item in range(len(self.items)):
+            yield from self._of(item)
+
+    def _of(self, item: int) -> list[str]:
+        made = caption.variants(self.items.caption(item), self.items.subset(item).captions, self.course.seed,
+                                self.items.sample_id(item), self.count)
+        return [made[variant % len(made)] for variant in range(self.count)]
 
 
 def as_cached(value: torch.Tensor) -> torch.Tensor:
@@ -103,51 +182,64 @@ def as_cached(value: torch.Tensor) -> torch.Tensor:
     return value.to(torch.float16).float() if value.is_floating_point() else value
 
 
+def without_padding(text: Text, trim: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The padding of trimmed tensors (B, L, ...) is zero, as it is when they come from a cache."""
+    result = dict(text)
+    for name, mask in trim.items():
+        real = text[mask].bool()
+        last = real.flip(1).cumsum(1).flip(1) > 0  # up to the last real token
+        result[name] = text[name].masked_fill(~last.reshape(*last.shape, *[1] * (text[name].ndim - 2)), 0)
+    return result
+
+
 def _batch_encoder(arch: Architecture, device: torch.device, vae: Lazy, encoders: Lazy):
-    """(B, C, h, w) latents and text of one batch on the device. What is encoded here is rounded as the cache rounds it,
-    so that a run with caches and one without see the same numbers."""
+    """See ``Encoded.batch``. What is encoded here is rounded as the cache rounds it, so that a run with caches and one
+    without see the same numbers."""
 
     told: list[str] = []  # captions that are too long are worth one warning, not one per batch
 
-    def encode(batch: Batch) -> tuple[torch.Tensor, Text]:
+    def on_device(value: torch.Tensor) -> torch.Tensor:
+        value = value.to(device, non_blocking=True)
+        return value.float() if value.is_floating_point() else value
+
+    def encode(batch: Batch) -> tuple[torch.Tensor, Text, torch.Tensor | None]:
+        mask = None if batch.mask is None else on_device(batch.mask)
         with torch.no_grad():
             if batch.latents is not None:
-                latents = batch.latents.to(device, non_blocking=True)
+                latents = on_device(batch.latents)
             else:
-                latents = as_cached(arch.encode_image(vae.get(), batch.pixels.to(device, non_blocking=True)))
+                pixels = to_signal(batch.pixels.to(device, non_blocking=True))
+                latents = as_cached(arch.encode_image(vae.get(), pixels))
+            if batch.pixel_mask is not None:
+                cells = mask_to_cells(batch.pixel_mask.to(device, non_blocking=True), *latents.shape[2:])
+                mask = mask_to_bytes(cells).float() / 255
             if batch.text is not None:
-                text = {name: value.to(device, non_blocking=True) for name, value in batch.text.items()}
+                text = {name: on_device(value) for name, value in batch.text.items()}
             else:
-                encoded: TextEncoders = encoders.get()
-                text = {name: as_cached(value.to(device)) for name, value in
-                        arch.encode_text(encoded, batch.captions).items()}
-                if not told and (note := arch.truncation_note(encoded)):
+                encoded = without_padding(arch.encode_text(encoders.get(), batch.captions), arch.text_trim)
+                text = {name: as_cached(value.to(device)) for name, value in encoded.items()}
+                if not told and (note := arch.truncation_note(encoders.get())):
                     log.warning("in this batch %s", note)
                     told.append(note)
-        return latents, text
+        return latents, text, mask
 
     return encode
 
 
-def _ranks_in_turn(runtime: Runtime, shared: bool, fill: Callable):
-    """On a shared disk the first rank encodes and the others then find everything done; in RAM each fills its own."""
-    if shared and not runtime.is_main:
-        runtime.wait()
-        return fill()
-    filled = fill()
-    if shared:
-        runtime.wait()
-    return filled
+def ranks_of(runtime: Runtime) -> Ranks:
+    return Ranks(runtime.rank, runtime.world_size, runtime.exchange)
 
 
-class _Announce:
+class Announce:
     """Progress of one cache: a line every ten seconds and one at the end; silence when there was nothing to encode."""
 
     def __init__(self, what: str):
         self.what, self.started, self.spoke = what, time.monotonic(), time.monotonic()
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, seen: int, total: int, encoded: int) -> None:
         now = time.monotonic()
-        if done == total or now - self.spoke > 10:
+        if now - self.spoke > 10 or (seen == total and encoded):
             self.spoke = now
-            log.info("encoded %s %d/%d, %.3g a second", self.what, done, total, done / max(now - self.started, 1e-9))
+            # What is still to be looked at may turn out to be there already: the total only falls.
+            log.info("encoded %s %d/%d, %.3g a second", self.what, encoded, encoded + total - seen,
+                     encoded / max(now - self.started, 1e-9))

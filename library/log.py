@@ -16,7 +16,8 @@ from tqdm import tqdm
 LOGGER_NAME = "kiln"
 log = logging.getLogger(LOGGER_NAME)
 
-CSV_FIELDS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "images_per_second", "peak_bytes")
+CSV_FIELDS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "images_per_second", "peak_bytes",
+              "validation_loss")
 
 
 def setup_logging(level: str, file: Path | None, simple: bool, is_main: bool) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from library.architectures.base import Architecture
-from library.data.bucket import StepPlan
-from library.data.dataset import Batch, StepMicro, TrainingData, batches
+from library.data.dataset import Batch, StepMicro, batches
+from library.data.plan import StepPlan
 from library.dist import Runtime, launcher_is_gone
 from library.encode import Encoded
 from library.errors import UserError
@@ -21,6 +21,7 @@ from library.interrupt import StopRequest
 from library.memory.report import peak_bytes
 from library.objectives.flow import Flow
 from library.objectives.loss import mean
+from library.objectives.noise import draw
 from library.optim.updater import NonFinite, StepAfterBackward, UpdateInfo
 from library.step import training_losses
 
@@ -35,7 +36,6 @@ class Task:
     objective: Flow
     updater: StepAfterBackward
     encoded: Encoded
-    data: TrainingData
     plan: StepPlan
     seed: int
     first_step: int
@@ -92,7 +92,7 @@ def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None
 def _read(task: Task) -> Generator[StepMicro, None, None]:
     """The steps of this rank. A picture that only this rank reads, and cannot read, is told by this rank."""
     try:
-        yield from batches(task.data, task.plan, task.runtime.rank, task.first_step, task.total_steps, task.workers)
+        yield from batches(task.encoded.train, task.plan, task.runtime.rank, task.first_step, task.total_steps, task.workers)
     except UserError as error:
         error.of_one_process = True
         raise
@@ -104,13 +104,13 @@ def _backward(task: Task, batch: Batch, step: int, samples: int, last: bool) -> 
     Each micro-batch counts by its samples, not as one of several equal parts, so that 1x4 and 4x1 give the same step.
     """
     runtime = task.runtime
-    latents, text = task.encoded.batch(batch)
+    latents, text, mask = task.encoded.batch(batch)
     weight = batch.weight.to(runtime.device, non_blocking=True)
     # DistributedDataParallel decides in the forward pass whether this backward exchanges gradients.
     with nullcontext() if last else runtime.no_sync(task.denoiser):
         with runtime.autocast():
-            losses = training_losses(task.arch, task.denoiser, task.objective, latents, text, weight, batch.sample_ids, task.seed,
-                                     step)
+            draws = draw(task.seed, step, batch.sample_ids, tuple(latents.shape[1:]), latents.device)
+            losses = training_losses(task.arch, task.denoiser, task.objective, latents, text, weight, mask, draws)
         # It averages gradients over ranks; the loss is a mean over all their samples, hence the factor.
         total = mean(losses, samples) * runtime.world_size
         (task.scaler.scale(total) if task.scaler is not None else total).backward()

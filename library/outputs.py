@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -36,10 +37,10 @@ class Outputs:
 
     def __init__(self, config: Config, runtime: Runtime, arch: Architecture, method: ModuleType, denoiser: nn.Module,
                  encoded: Encoded, prompts: tuple[Prompt, ...], resolution: tuple[int, int], *, total_steps: int,
-                 steps_per_epoch: int):
+                 steps_per_epoch: int, validate: Callable[[StepReport], float | None]):
         self.config, self.runtime, self.arch, self.method = config, runtime, arch, method
         self.denoiser, self.encoded, self.prompts, self.resolution = denoiser, encoded, prompts, resolution
-        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.total_steps, self.steps_per_epoch, self.validate = total_steps, steps_per_epoch, validate
         saving = config.saving
         self.folder: Path = saving.output_dir
         self.name = saving.output_name
@@ -82,6 +83,10 @@ class Outputs:
         values = {"loss": report.loss, "learning_rate": report.update.learning_rate, "grad_norm": report.update.grad_norm,
                   "seconds": report.seconds, "images_per_second": report.samples / report.seconds,
                   "peak_bytes": report.peak_bytes}
+        validation_loss = None if report.stopping else self.validate(report)
+        if validation_loss is not None:
+            values["validation_loss"] = validation_loss
+            log.info("loss on the held-out pictures after step %d: %.5f", report.step, validation_loss)
         self.step_log.write({"step": report.step, "epoch": report.epoch + 1, **values})
         self.tracker.write(report.step, values)
         if self.runtime.is_main:
@@ -170,7 +175,7 @@ class Outputs:
             rendered = preview.render_all(self.prompts, draw, self.folder / "sample", self.name, step)
         finally:
             self.denoiser.train()
-            if self.encoded.latents is not None:
+            if self.encoded.train.latents is not None:
                 vae.to("cpu")  # its device memory belongs to training again
         self.tracker.picture(step, rendered.sheet)
         log.info("previews of step %d: %s", step, rendered.sheet)

@@ -22,13 +22,14 @@ def smooth(values: list[float], window: int) -> list[float]:
 
 
 def write_loss_curve(csv_path: Path, png_path: Path, title: str = "") -> bool:
-    """Draw the columns ``step`` and ``loss`` of ``csv_path``: every step thin, their running mean bold.
+    """Draw the columns ``step`` and ``loss`` of ``csv_path``: every step thin, their running mean bold. Where the column
+    ``validation_loss`` has values, they are joined points.
 
     Returns False and writes nothing when there is no finite loss yet.
     """
     with Path(csv_path).open(encoding="utf-8", newline="") as file:
-        points = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file) if row.get("loss")]
-    points = [(step, loss) for step, loss in points if math.isfinite(loss)]
+        rows = list(csv.DictReader(file))
+    points, held_out = (_finite(rows, name) for name in ("loss", "validation_loss"))
     if not points:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import: only when a curve is drawn
@@ -40,6 +41,8 @@ def write_loss_curve(csv_path: Path, png_path: Path, title: str = "") -> bool:
     axes.plot(steps, losses, color="#9db8d2", linewidth=0.8, label="each step")
     mean = smooth(list(losses), max(2, len(losses) // 50))
     axes.plot(steps, mean, color="#1f4e79", linewidth=2, label="running mean")
+    if held_out:
+        axes.plot(*zip(*held_out), color="#c55a11", linewidth=1.2, marker="o", markersize=3, label="held-out pictures")
     axes.set(xlabel="step", ylabel="loss", title=title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -48,3 +51,9 @@ def write_loss_curve(csv_path: Path, png_path: Path, title: str = "") -> bool:
     with atomic_file(png_path) as file:
         file.write(picture.getvalue())
     return True
+
+
+def _finite(rows: list[dict[str, str]], column: str) -> list[tuple[int, float]]:
+    """(step, value) wherever the column holds a finite number."""
+    points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+    return [(step, value) for step, value in points if math.isfinite(value)]

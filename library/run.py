@@ -9,12 +9,17 @@ import importlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.checkpoint.metadata import thumbnail_url
 from library.config.parse import Config, Entry
-from library.data import bucket, scan, spec
+from library.data import findings, scan, select, spec
+from library.data import plan as plans
+from library.data.items import Items
+from library.data.keys import folder_of
+from library.data.showing import Course
 from library.errors import UserError, raise_all
 from library.interrupt import stop_requested
 from library.log import log, setup_logging
@@ -27,9 +32,10 @@ if TYPE_CHECKING:
     import torch
 
     from library.architectures.base import Architecture
+    from library.data.tokens import TokenMeter
     from library.dist import Runtime
     from library.encode import Encoded
-    from library.loop import Task
+    from library.loop import StepReport, Task
     from library.optim.groups import Group
 
 
@@ -38,8 +44,13 @@ class DataPlan:
     """Everything known about the data before a weight is read."""
 
     specs: tuple[spec.DatasetSpec, ...]
-    items: tuple[scan.Item, ...]
+    scan: scan.Scan
+    selection: select.Selection
     prompts: tuple[Prompt, ...]
+
+    @property
+    def items(self) -> Items:
+        return self.selection.train
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -54,39 +65,30 @@ class DataPlan:
 def run(entry: Entry, config: Config) -> None:
     """Train as ``config`` says. Raises UserError for everything the user can mend."""
     started = time.monotonic()
-    general = config.general
-    setup_logging(general.console_log_level, general.console_log_file, general.console_log_simple,
-                  is_main=os.environ.get("RANK", "0") == "0")
-    for note in config.notes:
-        log.info(note)
-    optimizer = config.optimizer
-    data = read_data(config, also=[lambda: table.find(optimizer.optimizer_type), lambda: _check_thumbnail(config),
-                                   lambda: tracker_arguments(config.logging.log_tracker_config)])
-    table.check(optimizer.optimizer_type, optimizer.optimizer_args)  # tries it out, which takes torch
-    arch = importlib.import_module(entry.architecture).open_architecture(config.model, config.architecture)
+    begin_log(config)
+    if config.dataset.debug_dataset:
+        return show_data(entry, config)
+    data, arch = open_inputs(entry, config)
     method = importlib.import_module(entry.method)
-    for line in arch.describe().splitlines():
-        log.info(line)
-    for path in endangered(config.saving.output_dir, config.saving.output_name, arch.files()):
-        raise UserError(f"this run would write over {path}, which it reads", place=config.place("output_name"),
-                        remedy="choose another --output_name or --output_dir")
+    general, optimizer = config.general, config.optimizer
 
-    from library.dist import open_runtime
-    from library.encode import encode_all
     from library.loop import train
     from library.outputs import Outputs
 
-    runtime = open_runtime(config.precision.mixed_precision, general.seed)
-    plan = bucket.StepPlan(data.items, batch_sizes=data.batch_sizes, seed=general.seed, world_size=runtime.world_size,
-                           accumulation=config.training.gradient_accumulation_steps)
+    runtime = join(config, data)
+    plan = plans.StepPlan(data.items, batch_sizes=data.batch_sizes, seed=general.seed, world_size=runtime.world_size,
+                          accumulation=config.training.gradient_accumulation_steps)
     total_steps = count_steps(config, plan.steps_per_epoch)
-    course = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
-    encoded = encode_all(arch, runtime, config.caching, data.items, max(data.batch_sizes), data.prompts)
+    for line in [*plans.report(data.items), *findings.brief(findings.gather(data.scan, data.selection, plan))]:
+        log.info(line)
+    rates = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
+    encoded = encode(config, data, arch, runtime, total_steps)
     denoiser = arch.load_denoiser(runtime.device, weights_dtype(config))
     groups = method.prepare(denoiser, optimizer.learning_rate)
-    task = build_task(config, runtime, arch, denoiser, groups, encoded, data, plan, course, total_steps)
+    task = build_task(config, runtime, arch, denoiser, groups, encoded, plan, rates, total_steps)
     with Outputs(config, runtime, arch, method, denoiser, encoded, data.prompts, data.resolution,
-                 total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch) as outputs:
+                 total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch,
+                 validate=build_validation(config, runtime, data, task)) as outputs:
         log.info("%d pictures, %d steps an epoch, %d steps in all; ready after %.1f s",
                  len(data.items), plan.steps_per_epoch, total_steps, time.monotonic() - started)
         outputs.before_training()
@@ -102,13 +104,82 @@ def run(entry: Entry, config: Config) -> None:
     runtime.close()
 
 
+def show_data(entry: Entry, config: Config) -> None:
+    """Write the page of ``--debug_dataset``: what the model would see of the data, and what is wrong with it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from library.data import page
+
+    def open_meter() -> TokenMeter:
+        return importlib.import_module(entry.architecture).open_token_meter(config.model, config.architecture)
+
+    _, scanned = find_pictures(config)
+    training, path = config.training, config.saving.output_dir / f"{config.saving.output_name}_dataset.html"
+    facts = page.Run(config.general.seed, training.max_train_steps, training.max_train_epochs, config.caching.variants,
+                     training.gradient_accumulation_steps, int(os.environ.get("WORLD_SIZE") or 1))
+    for line in findings.brief(page.write(path, scanned, facts, open_meter)):
+        log.info(line)
+    log.info("the data is shown in %s; nothing was trained", path)
+
+
+def fill_caches(entry: Entry, config: Config) -> None:
+    """Encode what a run with these settings would encode before it trains, and nothing else."""
+    begin_log(config)
+    data, arch = open_inputs(entry, config)
+    runtime = join(config, data)
+    encode(config, replace(data, prompts=()), arch, runtime, config.training.max_train_steps)
+    runtime.close()
+
+
+def begin_log(config: Config) -> None:
+    general = config.general
+    setup_logging(general.console_log_level, general.console_log_file, general.console_log_simple,
+                  is_main=os.environ.get("RANK", "0") == "0")
+    for note in config.notes:
+        log.info(note)
+
+
+def open_inputs(entry: Entry, config: Config) -> tuple[DataPlan, Architecture]:
+    """The data and the model's files, both only as far as their headers: all refusals happen here."""
+    optimizer = config.optimizer
+    data = read_data(config, also=[lambda: table.find(optimizer.optimizer_type), lambda: _check_thumbnail(config),
+                                   lambda: tracker_arguments(config.logging.log_tracker_config)])
+    table.check(optimizer.optimizer_type, optimizer.optimizer_args)  # tries it out, which takes torch
+    arch = importlib.import_module(entry.architecture).open_architecture(config.model, config.architecture)
+    for line in arch.describe().splitlines():
+        log.info(line)
+    for path in endangered(config.saving.output_dir, config.saving.output_name, arch.files()):
+        raise UserError(f"this run would write over {path}, which it reads", place=config.place("output_name"),
+                        remedy="choose another --output_name or --output_dir")
+    return data, arch
+
+
+def join(config: Config, data: DataPlan) -> Runtime:
+    """The process group, once it is sure that all processes will train on the same."""
+    from library.dist import open_runtime
+
+    runtime = open_runtime(config.precision.mixed_precision, config.general.seed)
+    runtime.require_agreement("pictures and captions", data.items.digest())
+    return runtime
+
+
+def encode(config: Config, data: DataPlan, arch: Architecture, runtime: Runtime, total_steps: int) -> Encoded:
+    """Fill the caches that were asked for; what is not cached is encoded for each batch."""
+    from library.encode import encode_all
+
+    course = Course(config.general.seed, total_steps, config.caching.variants, data.specs[0].prior_loss_weight)
+    return encode_all(arch, runtime, config.caching, data.selection, course, max(data.batch_sizes), data.prompts,
+                      remember=data.scan.remember)
+
+
 def read_data(config: Config, also: Sequence[Callable[[], object]] = ()) -> DataPlan:
     """Dataset file, pictures' headers, captions, preview prompts. Mistakes in all of them, and in ``also``, are told together."""
     step = config.architecture.latent.pixel_step
 
-    def read_pictures() -> tuple[tuple[spec.DatasetSpec, ...], tuple[scan.Item, ...]]:
-        specs = spec.load(config.dataset.dataset_config, config.dataset, step)
-        return specs, scan.scan(specs)
+    def read_pictures() -> tuple[tuple[spec.DatasetSpec, ...], scan.Scan, select.Selection]:
+        specs, scanned = find_pictures(config)
+        scanned.raise_errors()
+        return specs, scanned, select.select(scanned.items)
 
     def read_prompts() -> tuple[Prompt, ...]:
         if config.sampling.sample_prompts is None or not config.sampling.scheduled:
@@ -125,10 +196,21 @@ def read_data(config: Config, also: Sequence[Callable[[], object]] = ()) -> Data
         except UserError as error:
             errors.append(error)
     raise_all(errors)
-    (specs, items), prompts = results[:2]
-    for line in bucket.report(items):
-        log.info(line)
-    return DataPlan(specs, items, prompts)
+    (specs, scanned, selection), prompts = results[:2]
+    return DataPlan(specs, scanned, selection, prompts)
+
+
+def find_pictures(config: Config) -> tuple[tuple[spec.DatasetSpec, ...], scan.Scan]:
+    """The dataset's settings, and every picture they name with all that is wrong with it."""
+    caching = config.caching
+    specs = spec.load(config.dataset, caching, config.architecture.latent.pixel_step, config.place)
+
+    def index_dir(subset: spec.SubsetSpec) -> Path | None:
+        root = subset.image_dir or (subset.metadata_file.parent if subset.metadata_file else None)
+        kept = root is not None and (caching.on_disk or subset.cache_info)
+        return folder_of(root, caching.cache_dir) if kept else None
+
+    return specs, scan.scan(specs, index_dir=index_dir, check=caching.check)
 
 
 def _check_thumbnail(config: Config) -> None:
@@ -151,11 +233,10 @@ def weights_dtype(config: Config) -> torch.dtype:
 
 
 def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: torch.nn.Module, groups: list[Group],
-               encoded: Encoded, data: DataPlan, plan: bucket.StepPlan, course: schedule.Schedule, total_steps: int) -> Task:
+               encoded: Encoded, plan: plans.StepPlan, rates: schedule.Schedule, total_steps: int) -> Task:
     """Recompute, optimizer and objective around the loaded denoiser: all that a step needs."""
     import torch
 
-    from library.data.dataset import TrainingData
     from library.loop import Task
     from library.memory.recompute import Recompute
     from library.objectives.flow import Flow
@@ -178,13 +259,28 @@ def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: t
         arch=arch,
         denoiser=runtime.replicate(denoiser),
         objective=Flow(config.objective),
-        updater=updater.StepAfterBackward(optimizer, groups, course, options.max_grad_norm, rounded),
+        updater=updater.StepAfterBackward(optimizer, groups, rates, options.max_grad_norm, rounded),
         encoded=encoded,
-        data=TrainingData(data.items, latents=encoded.latents, text=encoded.text),
         plan=plan,
         seed=seed,
         first_step=0,
         total_steps=total_steps,
-        workers=config.dataset.workers(latents_cached=encoded.latents is not None),
+        workers=config.dataset.workers(latents_cached=encoded.train.latents is not None),
         scaler=torch.amp.GradScaler(runtime.device.type) if config.precision.mixed_precision == "fp16" else None,
     )
+
+
+def build_validation(config: Config, runtime: Runtime, data: DataPlan, task: Task) -> Callable[[StepReport], float | None]:
+    """Measures the loss on the held-out pictures after the steps at which that is due; None at all others."""
+    from library.validation import Schedule, Validation
+
+    held_out, options = task.encoded.validation, config.dataset
+    if held_out is None:
+        return lambda report: None
+    plan = plans.StepPlan(held_out.items, batch_sizes=data.batch_sizes, seed=0, world_size=runtime.world_size)
+    times = Schedule(options.validate_every_n_steps, options.validate_every_n_epochs, task.total_steps)
+    validation = Validation(held_out, plan, options.max_validation_steps)
+
+    def validate(report: StepReport) -> float | None:
+        return validation.measure(task) if times.due(report.step, report.epoch + 1, report.epoch_ended) else None
+    return validate

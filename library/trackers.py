@@ -13,8 +13,8 @@ from library.config.values import toml_text
 from library.errors import UserError
 from library.toml_lines import load_toml
 
-NAMES = {"loss": "loss/step", "learning_rate": "lr/denoiser", "grad_norm": "loss/grad_norm", "seconds": "speed/seconds_per_step",
-         "images_per_second": "speed/images_per_second", "peak_bytes": "memory/peak_bytes"}
+NAMES = {"loss": "loss/step", "validation_loss": "loss/validation", "learning_rate": "lr/denoiser", "grad_norm": "loss/grad_norm",
+         "seconds": "speed/seconds_per_step", "images_per_second": "speed/images_per_second", "peak_bytes": "memory/peak_bytes"}
 
 
 class Sink(Protocol):

@@ -25,15 +25,21 @@ text_encoder_batch_size max_train_epochs output_dir save_precision save_every_n_
 save_last_n_epochs save_last_n_steps metadata_title metadata_author metadata_description metadata_license metadata_tags
 metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase sample_prompts sample_every_n_steps
 sample_every_n_epochs logging_dir log_with log_tracker_config wandb_run_name wandb_api_key ae clip_l t5xxl t5xxl_max_token_length
-seed output_name save_model_as""".split()
+seed output_name save_model_as train_data_dir reg_data_dir in_json dataset_class conditioning_data_dir caption_extention
+caption_prefix caption_suffix secondary_separator face_crop_aug_range resize_interpolation validation_seed validate_every_n_steps
+validate_every_n_epochs max_validation_steps""".split()
 _OFF = """output_config console_log_simple enable_bucket bucket_no_upscale cache_latents
 cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk full_bf16 gradient_checkpointing
-sample_at_first log_config apply_t5_attn_mask""".split()
+sample_at_first log_config apply_t5_attn_mask cache_info debug_dataset enable_wildcard shuffle_caption color_aug flip_aug
+random_crop alpha_mask masked_loss skip_cache_check skip_latents_validity_check""".split()
 
 PEER_DEFAULTS: dict[str, object] = {
     **dict.fromkeys(_NONE), **dict.fromkeys(_OFF, False),
     "console_log_level": "INFO", "train_batch_size": 1, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
-    "caption_extension": ".caption", "dataset_repeats": 1, "max_data_loader_n_workers": 8, "vae_batch_size": 1,
+    "caption_extension": ".caption", "caption_separator": ",", "keep_tokens": 0, "keep_tokens_separator": "",
+    "caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0, "caption_tag_dropout_rate": 0.0, "token_warmup_min": 1,
+    "token_warmup_step": 0.0, "prior_loss_weight": 1.0, "validation_split": 0.0, "dataset_repeats": 1,
+    "max_data_loader_n_workers": 8, "vae_batch_size": 1,
     "mixed_precision": "no", "optimizer_type": "AdamW", "optimizer_args": (), "learning_rate": 2e-6, "max_grad_norm": 1.0,
     "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 1600, "gradient_accumulation_steps": 1,
     "timestep_sampling": "sigma", "weighting_scheme": "uniform", "discrete_flow_shift": 3.0, "sigmoid_scale": 1.0,
@@ -45,6 +51,10 @@ NEW: dict[str, str] = {
     "weights_dtype": "keep weights in float32 under bf16 arithmetic (`fp32`), or in bf16 with stochastic rounding (`bf16`). "
                      "`auto`: bf16 under `--mixed_precision bf16` or `--full_bf16`, else float32",
     "cache_dir": "disk caches can stand on another disk than the pictures",
+    "cache_check": "how closely changed pictures are looked for; `--skip_cache_check` is `--cache_check none`",
+    "text_cache_variants": "shuffled captions, dropped tags and wildcards together with cached text encoder outputs",
+    "recursive": "pictures in subfolders",
+    "skip_image_resolution": "pictures that are too small to learn from need not be sorted out by hand",
     "clip_l_tokenizer": "train without a connection to the hub",
     "t5xxl_tokenizer": "train without a connection to the hub",
     "no_metadata": "known from the LoRA scripts of the dialect; here for checkpoints as well",
@@ -59,6 +69,7 @@ REASONS: dict[str, str] = {
     "min_bucket_reso": "the same, except where 256 would be more than half the shorter side of a small resolution",
     "bucket_reso_steps": "the same, raised to a multiple of what the model needs",
     "caption_extension": "nearly all folders of captions hold `.txt`; `.caption` is still found",
+    "resize_interpolation": "the same choice, under a name",
     "seed": "a run without `--seed` can be repeated too",
     "output_name": "one name for all files of a run; the dialect uses `epoch`, `at` and `last`",
     "save_model_as": "the same: the dialect's script for this model writes nothing else either",
@@ -110,14 +121,37 @@ BEHAVIOUR = """## Behaviour that differs
 - **Adafactor** is used with `relative_step=False scale_parameter=False warmup_init=False`; `relative_step` and `warmup_init` are
   refused, because the rate comes from `--learning_rate` and `--lr_scheduler`.
 - **`--max_grad_norm`** clips the norm over all weights, always.
-- **Datasets**: a picture without a caption, an empty caption, `num_repeats` below 1 and a folder that stands twice are errors;
-  buckets are chosen by the logarithm of the aspect ratio; transparency is laid on white; a relative `image_dir` that does not
-  exist where the command runs is looked for beside the dataset file.
-- **Previews**: an unknown option in a prompt file is an error; text is never taken for an option; a prompt without `--d` gets a
-  fixed seed.
+- **Dataset files** are read strictly: an unknown key, a wrong type or two settings that exclude each other are errors with
+  file and line. Whole numbers pass where fractions are wanted (`validation_split = 0`). Subsets of one dataset may be of
+  different kinds: folders, metadata files and folders with masks may stand side by side. `num_repeats` below 1 and a folder
+  that stands twice in a dataset are errors. A relative path that does not exist where the command runs is looked for beside
+  the dataset file.
+- **Keys that are new**: `recursive`, `skip_image_resolution`, `loss_weight`, several endings in `caption_extension`, `.json`
+  among them. [dataset.md](dataset.md) describes all keys.
+- **Captions**: a picture without a caption, or with an empty one, is an error. Prefix and suffix belong to the line that is
+  chosen; the text of `keep_tokens_separator` never stays in a caption; wildcards may be nested. What is drawn is a function
+  of the seed, the epoch and the picture: the same for any number of workers.
+- **Cached text encoder outputs** keep all rules for captions: dropped captions are the cached empty caption, and captions
+  that vary need `--text_cache_variants`, or are refused. The dialect caches the raw file and lets the rules lapse without a
+  word.
+- **Masks** are scaled, cropped and mirrored exactly as their picture. `conditioning_data_dir` without `--masked_loss`, and
+  `--masked_loss` without masks, are errors. A spare mask is only named.
+- **Buckets** are chosen by the logarithm of the aspect ratio, so that portrait and landscape are treated alike.
+- **Transparency** is laid on white where `alpha_mask` is off.
+- **Validation** works in full fine-tuning, with folders and metadata files, and never touches regularisation pictures; the
+  held-out part does not depend on the order of the files. A `validation_split` outside 0 to 1 is an error.
+- **Regularisation pictures** weigh `prior_loss_weight` in full fine-tuning too, and it may stand in `[general]`.
+- **`0_name`** folders below `--train_data_dir` are left out and named, as in the dialect; a folder without any
+  `<repeats>_<caption>` folder is an error.
+- **`--conditioning_data_dir`**, which the dialect declares and never reads, is the mask folder of every subset that names
+  none (below `--train_data_dir`: its folder of the same name, where there is one).
+- **`--cache_info`** keeps an index that notices changes, in place of `metadata_cache.json`, which does not.
+- **Previews**: an unknown option in a prompt file is an error; text is never taken for an option; a prompt without `--d` gets
+  a fixed seed.
 - **A NaN or infinite loss** stops the run before the weights take it, with the step and the pictures.
-- **Caches** are found by content (picture, caption, encoder, settings), so there is nothing to delete after an edit; cache files
-  of other trainers are not read.
+- **Caches** are found by content (picture, mask, caption, encoder, settings), so there is nothing to delete after an edit.
+  They lie in large files with checksums, in half the dialect's precision and a fraction of its size. Latents in `*.npz` files
+  of the dialect can be imported with `python tools/cache.py import`; cached text outputs are made anew.
 """
 
 

@@ -47,10 +47,28 @@ class TextEncoders:
     tokenizers: Any
 
 
+@dataclass(frozen=True)
+class NpzLayout:
+    """Latents that another trainer left beside the pictures, for ``tools/cache.py import`` (an architecture's options have it
+    as ``npz``).
+
+    ``files``: names beside the picture, of ``{stem}``, ``{width}`` and ``{height}`` (the picture's pixels). ``sized_keys``: names
+    in the file end in ``_<h>x<w>``, the latent's cells. Our latents are (theirs - ``shift``) * ``scale``.
+    """
+
+    files: tuple[str, ...]
+    sized_keys: bool
+    shift: float = 0.0
+    scale: float = 1.0
+
+
 class Architecture(Protocol):
     """One model family with this run's settings. Construction reads file headers only and refuses wrong files."""
 
     latent: LatentSpec
+    text_trim: Mapping[str, str]
+    """Name of a text tensor (B, L, ...) -> name of its mask (B, L), for those of which ``predict`` never reads the padding: a
+    cache keeps their real tokens only, and what is padding reads as zeros."""
 
     def vae_identity(self, dtype: torch.dtype) -> str:
         """Changes when the autoencoder's weights or its arithmetic do; part of every latent's cache key."""

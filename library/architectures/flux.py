@@ -18,15 +18,17 @@ from library.architectures.base import TextEncoders
 from library.architectures.flux_call import keep_time_exact, predict
 from library.architectures.flux_models import encode_image, load_clip, load_t5, load_transformer, load_vae
 from library.architectures.flux_options import FluxOptions
-from library.architectures.flux_parts import open_parts
+from library.architectures.flux_parts import open_parts, open_tokenizers
 from library.architectures.flux_preview import sample
 from library.architectures.flux_text import Tokenizers, encode_text, load_tokenizer, tokenizer_identity
+from library.architectures.flux_tokens import read_token_meter
 from library.checkpoint.export import carry, export_module
 from library.checkpoint.flux_keys import TRANSFORMER
 from library.checkpoint.keymap import module_shapes
 from library.checkpoint.metadata import HASH_KEY
 from library.checkpoint.writer import write_safetensors
 from library.config.schema import ModelOptions
+from library.data.tokens import TokenMeter
 from library.errors import UserError
 from library.prompts import Prompt
 
@@ -49,6 +51,7 @@ class Flux:
             raise UserError(f"--guidance_scale {options.guidance_scale} given, but {self.file.source.path} is FLUX.1-schnell, "
                             "which has no guidance embedding", remedy="remove --guidance_scale or use a FLUX.1-dev checkpoint")
         self.text_tokens = options.t5xxl_max_token_length or T5_TOKENS[self.file.variant]
+        self.text_trim = {"t5": "t5_mask"} if options.apply_t5_attn_mask else {}
 
     def files(self) -> frozenset[Path]:
         parts = (self.file.whole, self.parts.ae, self.parts.clip_l, self.parts.t5xxl)
@@ -117,3 +120,11 @@ class Flux:
 def open_architecture(model: ModelOptions, options: FluxOptions) -> Flux:
     """What ``run.py`` calls: the adapter of this module."""
     return Flux(model, options)
+
+
+def open_token_meter(model: ModelOptions, options: FluxOptions) -> TokenMeter:
+    """What ``page.py`` counts captions with: reads the transformer's header and the tokenizers. UserError without them."""
+    variant, clip, t5 = open_tokenizers(
+        str(model.pretrained_model_name_or_path), clip_l=options.clip_l, t5xxl=options.t5xxl,
+        clip_l_tokenizer=options.clip_l_tokenizer, t5xxl_tokenizer=options.t5xxl_tokenizer)
+    return read_token_meter(clip, t5, options.t5xxl_max_token_length or T5_TOKENS[variant])

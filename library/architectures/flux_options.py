@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from library.architectures.base import LatentSpec
+from library.architectures.base import LatentSpec, NpzLayout
 from library.config.check import Problem, conflict
 from library.config.dialect import INERT, LATER, Record, records
 from library.config.schema import flag
@@ -38,6 +38,7 @@ class FluxOptions:
     title: ClassVar[str] = "FLUX.1"
     dialect: ClassVar[tuple[Record, ...]] = _DIALECT
     latent: ClassVar[LatentSpec] = LatentSpec(channels=16, factor=8, patch=2)
+    npz: ClassVar[NpzLayout] = NpzLayout(("{stem}_{width:04d}x{height:04d}_flux.npz",), sized_keys=True)  # scaled already
     preview: ClassVar[Prompt] = Prompt("", guidance=3.5)  # what a prompt file leaves out
     # 12 billion weights: --mixed_precision bf16 alone keeps them in bf16, as the dialect does
     weights_follow_mixed_precision: ClassVar[bool] = True

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.architectures.flux_tokenizers import TOKENIZERS, find_tokenizer
+from library.architectures.flux_tokenizers import TOKENIZERS, TokenizerPlace, find_tokenizer
 from library.checkpoint import known_keys
 from library.checkpoint.hub import Hub, HubFile
 from library.checkpoint.locate import Found, PartSpec, check_exists, fetch, find, search_folders
@@ -97,21 +97,54 @@ def open_parts(pretrained: str | Path, *, ae: Path | str | None = None, clip_l: 
         raise AssertionError from error
     specs = part_specs(transformer, given, repo=_repository(pretrained))
     found, errors = find(transformer.whole, specs, known_keys.recognise, hub)
+    wanted = {"clip_l_tokenizer": clip_l_tokenizer, "t5xxl_tokenizer": t5xxl_tokenizer}
     beside = search_folders(transformer.whole.path)[0]
-    tokenizers = {}
-    for kind, wanted in {"clip_l_tokenizer": clip_l_tokenizer, "t5xxl_tokenizer": t5xxl_tokenizer}.items():
-        encoder = found.get(kind.removesuffix("_tokenizer"))
-        own = search_folders(encoder.source.path)[0] if isinstance(encoder, Found) else []
-        try:
-            tokenizers[kind] = find_tokenizer(TOKENIZERS[kind], wanted, [*own, *beside], _repository(pretrained), hub)
-        except UserError as error:
-            errors.append(error)
+    tokenizers, missing = _find_tokenizers(beside, found, wanted, _repository(pretrained), hub)
+    errors += missing
     raise_all(errors)
     located = fetch(found, specs, known_keys.recognise, hub)
     folders = {kind: place.fetch(hub) for kind, place in tokenizers.items()}
     origins = {name: part.origin for name, part in located.items()} | {kind: place.origin for kind, place in tokenizers.items()}
     return FluxParts(transformer, located["ae"].source, located["clip_l"].source, located["t5xxl"].source,
                      folders["clip_l_tokenizer"], folders["t5xxl_tokenizer"], origins)
+
+
+def open_tokenizers(pretrained: str | Path, *, clip_l: Path | str | None = None, t5xxl: Path | str | None = None,
+                    clip_l_tokenizer: str | None = None, t5xxl_tokenizer: str | None = None,
+                    hub: Hub | None = None) -> tuple[str, Path, Path]:
+    """(variant, folder of CLIP-L's tokenizer, folder of T5's), as ``open_parts`` finds them, whatever else is missing. Of the hub
+    nothing but tokenizers is downloaded."""
+    hub, repository = hub or Hub(), _repository(pretrained)
+    found: Mapping[str, Found | HubFile] = {}
+    try:
+        transformer = describe(open_checkpoint(pretrained, Hub(hub.cache, offline=True)))
+    except UserError:
+        if repository is None:
+            raise
+        variant, beside = ("schnell" if "schnell" in repository.lower() else "dev"), []  # still on the hub: so it is called
+    else:
+        variant, beside = transformer.variant, search_folders(transformer.whole.path)[0]
+        specs = part_specs(transformer, {"clip_l": clip_l, "t5xxl": t5xxl}, repo=repository)
+        found, _ = find(transformer.whole, [spec for spec in specs if spec.name != "ae"], known_keys.recognise, hub)
+    wanted = {"clip_l_tokenizer": clip_l_tokenizer, "t5xxl_tokenizer": t5xxl_tokenizer}
+    places, errors = _find_tokenizers(beside, found, wanted, repository, hub)
+    raise_all(errors)
+    return variant, places["clip_l_tokenizer"].fetch(hub), places["t5xxl_tokenizer"].fetch(hub)
+
+
+def _find_tokenizers(beside: Sequence[Path], found: Mapping[str, Found | HubFile], wanted: Mapping[str, str | None],
+                     repository: str | None, hub: Hub) -> tuple[dict[str, TokenizerPlace], list[UserError]]:
+    """Beside the encoder of each, where that was ``found``, and in the folders ``beside`` the transformer."""
+    places: dict[str, TokenizerPlace] = {}
+    errors: list[UserError] = []
+    for kind, given in wanted.items():
+        encoder = found.get(kind.removesuffix("_tokenizer"))
+        own = search_folders(encoder.source.path)[0] if isinstance(encoder, Found) else []
+        try:
+            places[kind] = find_tokenizer(TOKENIZERS[kind], given, [*own, *beside], repository, hub)
+        except UserError as error:
+            errors.append(error)
+    return places, errors
 
 
 def _absent(given: Mapping[str, Path | str | None]) -> list[UserError]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.config.data_options import VALIDATION_SCHEDULE
 from library.config.values import show
 from library.errors import UserError, nearest, raise_all
 
@@ -29,8 +30,8 @@ def problems(config: Config) -> list[Problem]:
     An architecture's options class may add its own with a method ``problems(config)`` that yields the same pairs.
     """
     found: list[Problem] = []
-    for rule in (_required, _files, _model, _output, _precision, _length, _optimizer, _objective, _buckets, _caching, _saving,
-                 _sampling, _logging):
+    for rule in (_required, _files, _model, _source, _output, _precision, _length, _optimizer, _objective, _buckets, _validation,
+                 _caching, _saving, _sampling, _logging):
         found += rule(config)
     own = getattr(config.architecture, "problems", None)
     return found + list(own(config)) if own else found
@@ -95,7 +96,8 @@ def _output(config: Config) -> Iterator[Problem]:
     if folder is None:
         return
     yield from _writable(config, "output_dir", folder)
-    for flag, path in (("dataset_config", config.dataset.dataset_config), ("sample_prompts", config.sampling.sample_prompts)):
+    for flag, path in (("dataset_config", config.dataset.dataset_config), ("in_json", config.dataset.in_json),
+                       ("sample_prompts", config.sampling.sample_prompts)):
         for written in (f"{name}_config.toml", f"{name}_log.csv"):
             target = folder / written
             if path is not None and path.exists() and target.exists() and os.path.samefile(target, path):
@@ -187,6 +189,56 @@ def _objective(config: Config) -> Iterator[Problem]:
                        f"{flow.model_prediction_type}", "use --model_prediction_type sigma_scaled, or --weighting_scheme none")
 
 
+def _source(config: Config) -> Iterator[Problem]:
+    """There is one description of the data, and it is there. What beside --dataset_config has no effect is only named."""
+    data = config.dataset
+    if data.dataset_config is None and data.train_data_dir is None and data.in_json is None and data.dataset_class is None:
+        yield conflict(config, "dataset_config train_data_dir in_json dataset_class", "is required",
+                       "add --dataset_config FILE, or --train_data_dir DIR")
+        if data.reg_data_dir is not None:
+            yield conflict(config, "reg_data_dir train_data_dir", "there are no pictures to learn", "add --train_data_dir DIR")
+        return
+    if data.dataset_class is not None:
+        others = [name for name in ("dataset_config", "train_data_dir", "in_json", "reg_data_dir", "conditioning_data_dir")
+                  if getattr(data, name) is not None]
+        if others:
+            yield conflict(config, f"dataset_class {' '.join(others)}", f"describes all pictures, and so does --{others[0]}",
+                           "leave one of the two out")
+    flags = ["dataset_config"]
+    if data.dataset_config is None:
+        flags = ["in_json", "train_data_dir", "reg_data_dir"]
+        if data.in_json is not None and data.reg_data_dir is not None:
+            yield conflict(config, "reg_data_dir in_json", "has no effect beside --in_json",
+                           "list both in a file for --dataset_config, the folder with is_reg = true")
+    for flag in (*flags, "conditioning_data_dir"):
+        path = getattr(data, flag)
+        if path is None:
+            continue
+        wants_file = flag in ("dataset_config", "in_json")
+        if (problem := missing_file(config, flag, path)) is not None:
+            yield problem
+        elif path.is_dir() == wants_file:
+            yield conflict(config, flag, f"{path} is a {'folder, not a file' if wants_file else 'file, not a folder'}",
+                           "name a file in it" if wants_file else "name the folder it lies in")
+    if data.alpha_mask and data.conditioning_data_dir is not None:
+        yield conflict(config, "alpha_mask conditioning_data_dir", "masks come from transparency or from pictures, not from both",
+                       "leave one of the two out")
+    if data.conditioning_data_dir is not None and not data.masked_loss:
+        yield conflict(config, "conditioning_data_dir masked_loss", "mask pictures are not used without --masked_loss",
+                       "add --masked_loss, or leave it out")
+    if data.caption_extension and data.caption_extention and data.caption_extension != data.caption_extention:
+        yield conflict(config, "caption_extention caption_extension", "contradicts --caption_extension", "leave it out")
+
+
+def _validation(config: Config) -> Iterator[Problem]:
+    """Without a dataset file it is known from the start whether anything is held out."""
+    if config.dataset.dataset_config is None and not config.dataset.validation_split:
+        for flag in VALIDATION_SCHEDULE:
+            if getattr(config.dataset, flag) is not None:
+                yield conflict(config, f"{flag} validation_split dataset_config", "there is nothing to validate on",
+                               "add --validation_split 0.1, or leave it out")
+
+
 def _buckets(config: Config) -> Iterator[Problem]:
     low, high = config.dataset.min_bucket_reso, config.dataset.max_bucket_reso
     if low is not None and high is not None and low > high:
@@ -196,12 +248,14 @@ def _buckets(config: Config) -> Iterator[Problem]:
 
 def _caching(config: Config) -> Iterator[Problem]:
     caching = config.caching
-    on_disk = caching.cache_latents_to_disk or caching.cache_text_encoder_outputs_to_disk
-    if caching.cache_dir is not None and not on_disk:
+    if caching.cache_dir is not None and not (caching.on_disk or config.dataset.cache_info):
         yield conflict(config, "cache_dir cache_latents_to_disk cache_text_encoder_outputs_to_disk", "nothing is cached on disk",
                        "add --cache_latents_to_disk or --cache_text_encoder_outputs_to_disk, or leave it out")
     elif caching.cache_dir is not None:
         yield from _writable(config, "cache_dir", caching.cache_dir)
+    skipping = next((flag for flag in ("skip_cache_check", "skip_latents_validity_check") if getattr(caching, flag)), None)
+    if skipping and caching.cache_check == "full":
+        yield conflict(config, f"{skipping} cache_check", "contradicts --cache_check full", "leave one of the two out")
 
 
 def _saving(config: Config) -> Iterator[Problem]:
@@ -254,6 +308,10 @@ def remarks(config: Config) -> tuple[str, ...]:
                      "and --sample_at_first is given")
     if config.sampling.sample_every_n_steps and config.sampling.sample_every_n_epochs:
         found.append(f"{config.place('sample_every_n_epochs')} overrules sample_every_n_steps, as in the dialect")
+    if config.dataset.caption_extention:
+        found.append(f"{config.place('caption_extention')} is taken for --caption_extension")
+    if config.caching.cache_check != "none" and config.caching.check == "none":
+        found.append("cached files are trusted without a look at the pictures, as --cache_check none does")
     if config.origins.get("wandb_api_key") == "command line":
         found.append("--wandb_api_key can be read by other users of this machine; set WANDB_API_KEY instead")
     return tuple(found)

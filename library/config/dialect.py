@@ -58,15 +58,10 @@ def _inert() -> Iterator[Record]:
     yield from records(INERT, "use_safetensors", "files are always written as safetensors")
     yield from records(INERT, "disable_mmap_load_safetensors", "files are read without memory maps")
     yield from records(INERT, "lowram highvram", "weights and caches are streamed, so there is no copy to place or to keep")
-    yield from records(INERT, "skip_cache_check skip_latents_validity_check",
-                       "cache entries are found by content, so there is no separate check to skip")
-    yield from records(INERT, "cache_info", "captions and picture sizes are read afresh, so that edits are seen")
     yield from records(INERT, "persistent_data_loader_workers", "the processes that read pictures live as long as the run")
     yield from records(INERT, "ddp_timeout= ddp_gradient_as_bucket_view ddp_static_graph",
                        "the process group is set up by the program itself")
     yield from records(INERT, "dynamo_backend=", "only read with --torch_compile", neutral=("no", "inductor"))
-    yield from records(INERT, "keep_tokens= caption_separator= token_warmup_min=",
-                       "only read when captions are shuffled or shortened", neutral=(0, 1, ","))
     yield from records(INERT, "lr_decay_steps= lr_scheduler_num_cycles= lr_scheduler_power= lr_scheduler_timescale= "
                        "lr_scheduler_min_lr_ratio=", "no schedule that is built reads it", neutral=(0, 1))
     yield from records(INERT, "huber_schedule= huber_c= huber_scale=", "only read with a huber loss",
@@ -83,7 +78,7 @@ def _inert() -> Iterator[Record]:
                        "describes an adapter or an embedding, not a checkpoint")
 
 
-def _later_memory_and_training() -> Iterator[Record]:
+def _later() -> Iterator[Record]:
     memory = ("leave it out; meanwhile --gradient_checkpointing, --cache_latents, --cache_text_encoder_outputs and "
               "--optimizer_type AdamW8bit or Adafactor save memory")
     yield from records(LATER, "blocks_to_swap=", "not built yet: keeping blocks in CPU memory", memory, (0,))
@@ -114,37 +109,12 @@ def _later_memory_and_training() -> Iterator[Record]:
                        "not built yet: uploading to the hub", "leave it out and run `hf upload` after the training")
 
 
-def _later_data() -> Iterator[Record]:
-    yield from records(LATER, "train_data_dir= reg_data_dir=", "not built yet: folders named by repeats and class",
-                       "list the folders in the file of --dataset_config, with num_repeats and class_tokens")
-    yield from records(LATER, "in_json=", "not built yet: captions in one metadata file",
-                       "put each caption into a .txt file beside its picture and list the folders in --dataset_config")
-    yield from records(LATER, "dataset_class=", "not built yet: datasets by class name",
-                       "describe the data with --dataset_config")
-    yield from records(LATER, "debug_dataset", "not built yet: showing the batches", "leave it out")
-    yield from records(LATER, "conditioning_data_dir= masked_loss alpha_mask", "not built yet: masks",
-                       "leave it out: whole pictures are trained")
-    yield from records(LATER, "shuffle_caption enable_wildcard caption_prefix= caption_suffix= keep_tokens_separator= "
-                       "secondary_separator=", "not built yet: rewriting captions while training",
-                       "leave it out and write the captions as they are to be read")
-    yield from records(LATER, "caption_dropout_rate= caption_dropout_every_n_epochs= caption_tag_dropout_rate= "
-                       "token_warmup_step=", "not built yet: dropping captions or parts of them", "leave it out", (0,))
-    yield from records(LATER, "color_aug flip_aug random_crop face_crop_aug_range=", "not built yet: augmentation",
-                       "leave it out, or add changed copies of the pictures to the folder")
-    yield from records(LATER, "resize_interpolation=", "not built yet: a choice of resampling",
-                       "leave it out: pictures are shrunk by area and enlarged by Lanczos")
-    yield from records(LATER, "caption_extention=", "an old misspelling", "write --caption_extension")
-
-
 def _elsewhere() -> Iterator[Record]:
     lora = "belongs to the *_train_network.py scripts (LoRA)", "leave it out here, or run that script of the same model"
     yield from records(ELSEWHERE, "network_module= network_dim= network_alpha= network_dropout= network_args* network_weights= "
                        "dim_from_weights network_train_unet_only network_train_text_encoder_only scale_weight_norms= "
                        "base_weights* base_weights_multiplier* training_comment= unet_lr= text_encoder_lr* fp8_base "
-                       "fp8_base_unet split_mode validation_seed= validate_every_n_steps= validate_every_n_epochs= "
-                       "max_validation_steps= initial_epoch= initial_step= skip_until_initial_step", *lora)
-    yield from records(ELSEWHERE, "prior_loss_weight=", *lora, neutral=(1,))
-    yield from records(ELSEWHERE, "validation_split=", *lora, neutral=(0,))
+                       "fp8_base_unet split_mode initial_epoch= initial_step= skip_until_initial_step", *lora)
     other = "belongs to the script of another kind of model", "leave it out here, or run that model's script"
     yield from records(ELSEWHERE, "clip_g= gemma2= gemma2_max_token_length= system_prompt= apply_lg_attn_mask "
                        "clip_l_dropout_rate= clip_g_dropout_rate= t5_dropout_rate= pos_emb_random_crop_rate= "
@@ -156,8 +126,7 @@ def _elsewhere() -> Iterator[Record]:
     yield from records(ELSEWHERE, "training_shift=", other[0], "write --discrete_flow_shift", (1,))
 
 
-DIALECT: dict[str, Record] = {record.name: record for make in (_inert, _later_memory_and_training, _later_data, _elsewhere)
-                              for record in make()}
+DIALECT: dict[str, Record] = {record.name: record for make in (_inert, _later, _elsewhere) for record in make()}
 
 # Switches of the launcher that would change the run behind our back: environment variable -> (harmless values, what it is)
 LAUNCHER: dict[str, tuple[tuple[str, ...], str]] = {

@@ -15,6 +15,7 @@ from library.atomic import write_atomic
 from library.config import schema
 from library.config.check import problems, remarks
 from library.config.command_line import asks_for_help, last_of_each, scan
+from library.config.data_options import CachingOptions, DatasetOptions
 from library.config.dialect import DIALECT, INERT, LAUNCHER, Record
 from library.config.help import help_text
 from library.config.values import Setting, from_text, from_toml, settings_of, toml_text
@@ -49,8 +50,8 @@ class Entry:
     def sections(self) -> dict[str, type]:
         """Attribute of ``Config`` -> class, in the order of ``--help``."""
         return {
-            "model": schema.ModelOptions, "architecture": self.architecture_options, "dataset": schema.DatasetOptions,
-            "caching": schema.CachingOptions, "training": schema.TrainingOptions, "optimizer": schema.OptimizerOptions,
+            "model": schema.ModelOptions, "architecture": self.architecture_options, "dataset": DatasetOptions,
+            "caching": CachingOptions, "training": schema.TrainingOptions, "optimizer": schema.OptimizerOptions,
             "objective": self.objective_options, "precision": schema.PrecisionOptions, "memory": schema.MemoryOptions,
             "saving": schema.SavingOptions, "metadata": schema.MetadataOptions, "sampling": schema.SamplingOptions,
             "logging": schema.LoggingOptions, "general": schema.GeneralOptions,
@@ -78,8 +79,8 @@ class Config:
 
     model: schema.ModelOptions
     architecture: Any
-    dataset: schema.DatasetOptions
-    caching: schema.CachingOptions
+    dataset: DatasetOptions
+    caching: CachingOptions
     training: schema.TrainingOptions
     optimizer: schema.OptimizerOptions
     objective: Any

@@ -2,36 +2,17 @@
 
 A field made with ``flag()`` carries its help, limits and off value; its annotation is its type. ``parse.py`` fills these
 classes, ``help.py`` and ``tools/options_page.py`` print them. Values that follow from others are properties: fields are
-what the user said, and never change. No heavy imports here: ``--help`` has to answer at once.
+what the user said, and never change. No heavy imports here: ``--help`` has to answer at once. The settings of pictures,
+captions and caches stand in ``data_options.py``.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from library.config.values import read_size, read_warmup
-
-
-def flag(default: Any, help: str, *, choices: tuple | None = None, off: str = "", nargs: str | None = None,
-         minimum: float | None = None, maximum: float | None = None, above: float | None = None, metavar: str | None = None,
-         since: str = "0.1", read: Callable[[Any], Any] | None = None, required: bool = False, exists: bool = False,
-         saved: bool = True, secret: bool = False, default_text: str = "") -> Any:
-    """A dataclass field that is a command-line flag.
-
-    ``off`` is how to switch it off (``"0"`` on an optional number makes 0 the same as not given). Limits: ``minimum`` and
-    ``maximum`` are allowed values, ``above`` is not. ``read`` turns text or a TOML value into the field's value, or raises
-    ValueError(what it should be, remedy). ``exists``: the path must be there before anything starts. ``saved=False``
-    keeps it out of the saved configuration; ``secret`` also out of every repr. ``default_text`` says what None stands for.
-    """
-    metadata = dict(help=help, choices=choices, off=off, nargs=nargs, minimum=minimum, maximum=maximum, above=above,
-                    metavar=metavar, since=since, read=read, required=required, exists=exists, secret=secret,
-                    saved=saved and not secret, default_text=default_text)
-    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
+from library.config.values import flag, read_warmup
 
 
 @dataclass(frozen=True)
@@ -54,65 +35,6 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str | None = flag(
         None, "model to start from: .safetensors file, sharded index, diffusers folder, or hub id", metavar="PATH", required=True)
-
-
-@dataclass(frozen=True)
-class DatasetOptions:
-    """Values that the dataset file may leave out are taken from here (subset, dataset, [general], then these)."""
-
-    title: ClassVar[str] = "Dataset"
-
-    dataset_config: Path | None = flag(None, "TOML file that lists the picture folders", metavar="FILE",
-                                       required=True, exists=True)
-    resolution: str | None = flag(None, "training size in pixels, N or W,H; buckets keep its area", metavar="N|W,H",
-                                  read=read_size, default_text="the dataset file's")
-    train_batch_size: int = flag(1, "pictures per device and micro-batch", minimum=1)
-    enable_bucket: bool = flag(False, "group pictures by aspect ratio instead of cropping all to one shape")
-    min_bucket_reso: int | None = flag(None, "shortest side of a bucket in pixels", minimum=1,
-                                       default_text="256, or half the shorter side where that is less")
-    max_bucket_reso: int | None = flag(None, "longest side of a bucket in pixels", minimum=1,
-                                       default_text="no limit, so that every bucket has the full area")
-    bucket_reso_steps: int | None = flag(None, "bucket sides are multiples of this many pixels", minimum=1, default_text="64")
-    bucket_no_upscale: bool = flag(False, "never enlarge a picture: small ones get buckets of their own size")
-    caption_extension: str | None = flag(None, "suffix of caption files", metavar="SUFFIX", default_text=".txt, else .caption")
-    dataset_repeats: int = flag(1, "times each picture is shown per epoch", minimum=1)
-    max_data_loader_n_workers: int = flag(
-        8, "processes that read pictures (never more than CPUs; none when latents are cached)", minimum=0, off="0")
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """``resolution`` as (width, height) in pixels."""
-        if self.resolution is None:
-            return None
-        sides = [int(side) for side in self.resolution.split(",")]
-        return sides[0], sides[-1]
-
-    def workers(self, latents_cached: bool) -> int:
-        """Processes to start: cached latents need none."""
-        return 0 if latents_cached else min(self.max_data_loader_n_workers, os.cpu_count() or 1)
-
-
-@dataclass(frozen=True)
-class CachingOptions:
-    title: ClassVar[str] = "Caching"
-
-    cache_latents: bool = flag(False, "encode every picture once and keep the result in memory")
-    cache_latents_to_disk: bool = flag(False, "the same, kept on disk for later runs (implies --cache_latents)")
-    cache_text_encoder_outputs: bool = flag(False, "encode every caption once, then free the text encoders")
-    cache_text_encoder_outputs_to_disk: bool = flag(
-        False, "the same, kept on disk for later runs (implies --cache_text_encoder_outputs)")
-    vae_batch_size: int = flag(1, "pictures encoded together", minimum=1)
-    text_encoder_batch_size: int | None = flag(None, "captions encoded together", minimum=1, default_text="--train_batch_size")
-    cache_dir: Path | None = flag(None, "folder of the disk caches", metavar="DIR",
-                                  default_text=".kiln_cache in each picture folder")
-
-    @property
-    def latents_cached(self) -> bool:
-        return self.cache_latents or self.cache_latents_to_disk
-
-    @property
-    def text_cached(self) -> bool:
-        return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,30 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError, nearest
+
+
+def flag(default: Any, help: str, *, choices: tuple | None = None, off: str = "", nargs: str | None = None,
+         minimum: float | None = None, maximum: float | None = None, above: float | None = None, metavar: str | None = None,
+         since: str = "0.1", read: Callable[[Any], Any] | None = None, required: bool = False, exists: bool = False,
+         saved: bool = True, secret: bool = False, default_text: str = "", title: str = "") -> Any:
+    """A dataclass field that is a command-line flag.
+
+    ``off`` is how to switch it off (``"0"`` on an optional number makes 0 the same as not given). Limits: ``minimum`` and
+    ``maximum`` are allowed values, ``above`` is not. ``read`` turns text or a TOML value into the field's value, or raises
+    ValueError(what it should be, remedy). ``exists``: the path must be there before anything starts. ``saved=False``
+    keeps it out of the saved configuration; ``secret`` also out of every repr. ``default_text`` says what None stands for;
+    ``title`` is a heading for help and pages, where it is not the section's.
+    """
+    metadata = dict(help=help, choices=choices, off=off, nargs=nargs, minimum=minimum, maximum=maximum, above=above,
+                    metavar=metavar, since=since, read=read, required=required, exists=exists, secret=secret,
+                    saved=saved and not secret, default_text=default_text, title=title)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,8 @@ def settings_of(section: str, cls: type, defaults: Mapping[str, Any] | None = No
             kinds = list(typing.get_args(kinds[0]))
         plain = [typing.get_origin(kind) or kind for kind in kinds if kind is not type(None)]
         default = (defaults or {}).get(field.name, field.default)
-        found.append(Setting(field.name, section, cls.title, plain[-1], len(plain) < len(kinds), default, field.metadata))
+        title = field.metadata["title"] or cls.title
+        found.append(Setting(field.name, section, title, plain[-1], len(plain) < len(kinds), default, field.metadata))
     return found
 
 
@@ -115,6 +134,38 @@ def read_warmup(value: Any) -> int | float:
             or (amount >= 1 and amount != int(amount)):
         raise ValueError("a number of steps or a share of the run", "write for instance 100, 0.05 or 5%")
     return int(amount) if amount == int(amount) else float(amount)
+
+
+def read_range(value: Any) -> str:
+    """``"LO,HI"`` or ``[LO, HI]`` with 0 < LO <= HI, in the canonical form ``"LO,HI"``."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    try:
+        low, high = (float(part) for part in parts if not isinstance(part, bool))
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not 0 < low <= high < math.inf:
+        raise ValueError("two numbers above 0, the smaller one first", "write LO,HI, for instance 2.0,4.0")
+    return f"{show(low)},{show(high)}"
+
+
+def read_suffixes(value: Any) -> str:
+    """``".txt"``, ``".txt,.caption"`` or a list of texts, in the canonical form with commas."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    suffixes = [part.strip() if isinstance(part, str) else "" for part in parts]
+    for suffix in suffixes:
+        if "." not in suffix[:-1] or set(suffix) & set('/\\:*?"<>|'):
+            remedy = f"write .{suffix}" if suffix.isalnum() else "write for instance .txt or .txt,.caption"
+            raise ValueError("an ending of file names", remedy)
+    if len(set(suffixes)) < len(suffixes):
+        raise ValueError("a list of different endings", "name each of them once")
+    return ",".join(suffixes)
+
+
+def read_class_name(value: Any) -> str:
+    """``package.module.Class``."""
+    if not isinstance(value, str) or value.count(".") < 1 or not all(part.isidentifier() for part in value.split(".")):
+        raise ValueError("the full name of a class", "write package.module.Class")
+    return value
 
 
 def show(value: Any) -> str:

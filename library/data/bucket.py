@@ -1,27 +1,22 @@
-"""Which size each picture is trained at, and which samples make which step. Pure functions; sizes are (width, height).
+"""Which size each picture is trained at. Pure functions; sizes are (width, height) in pixels.
 
-Sizes: the rules are those of the dialect (``reference/peer-census.md`` 2.7) with two repairs: ratios are compared by their
+The rules are those of the dialect (``reference/peer-census.md`` 2.7) with two repairs: ratios are compared by their
 logarithm, so that a portrait picture is treated exactly as its landscape mirror image, and a bucket's side is limited
 by default only as far as the area asks for.
-
-Steps: a function of the items, the batch sizes, the seed and the epoch. Nothing depends on workers or on global random
-state, and the plan of several ranks is the plan of one rank dealt out, so a run can be repeated, resumed and moved to
-another number of processes.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import blake2b
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from library.data.scan import Item
+import numpy
+
+CHUNK = 1 << 18  # pictures looked at together: the columns of a chunk stay in the processor's cache
+UNSURE = 1e-9  # relative; far above the rounding of a float64 and far below the difference of two real shapes
 
 Size = tuple[int, int]
 
@@ -77,15 +72,17 @@ def bucket_sizes(resolution: Size, minimum: int, maximum: int | None, step: int)
 
 @lru_cache(maxsize=64)
 def _by_ratio(resolution: Size, minimum: int, maximum: int | None, step: int) -> tuple[list[float], list[Size], frozenset[Size]]:
-    """Rising log ratios, for each the preferred bucket of that shape, and the set of all buckets."""
+    """Rising log ratios, the bucket of each, and the set of all buckets.
+
+    No two buckets have one shape: of two sizes h and k*h in whole steps, the smaller has room for (k*k - 1) * h more, which is
+    more than two steps, so it would have been made longer.
+    """
     every = bucket_sizes(resolution, minimum, maximum, step)
     assert every, "spec.load refuses limits that leave no bucket"
-    best: dict[float, Size] = {}
-    for size in every:
-        ratio = round(_log_ratio(size), 12)
-        best[ratio] = _closest(ratio, (size, best.get(ratio, size)))
-    ratios = sorted(best)
-    return ratios, [best[ratio] for ratio in ratios], frozenset(every)
+    shapes = {round(_log_ratio(size), 12): size for size in every}
+    assert len(shapes) == len(every), "two buckets of one shape"
+    ratios = sorted(shapes)
+    return ratios, [shapes[ratio] for ratio in ratios], frozenset(every)
 
 
 def _bucket_for(size: Size, resolution: Size, minimum: int, maximum: int | None, step: int) -> Size:
@@ -141,100 +138,115 @@ def _place_without_enlarging(size: Size, area: int, step: int) -> Placement:
     return _cover(size, _closest(_log_ratio(size), candidates))
 
 
-def report(items: Iterable[Item]) -> list[str]:
-    """One line per dataset and bucket for the log: size, pictures, pictures with repeats, share of pixels cropped away."""
-    pictures: Counter[tuple[int, Size]] = Counter()
-    repeated: Counter[tuple[int, Size]] = Counter()
-    kept: dict[tuple[int, Size], float] = {}
-    for item in items:
-        key, place = (item.dataset, item.placement.bucket), item.placement
-        pictures[key] += 1
-        repeated[key] += item.repeats
-        share = place.bucket[0] * place.bucket[1] / (place.resized[0] * place.resized[1])
-        kept[key] = kept.get(key, 0.0) + share
-    return [f"dataset {dataset + 1}, bucket {width}x{height}: {pictures[key]} pictures, {repeated[key]} with repeats, "
-            f"{1 - kept[key] / pictures[key]:.1%} of the pixels cropped away"
-            for key in sorted(pictures) for dataset, (width, height) in (key,)]
+def assign(sizes: numpy.ndarray, rule: Rule) -> tuple[numpy.ndarray, tuple[Size, ...]]:
+    """The buckets of many pictures at once: for ``sizes`` (N, 2) an index (N,) int32 into the buckets in use, sorted.
 
-
-@dataclass(frozen=True)
-class Occurrence:
-    """One showing of one picture in an epoch. ``sample_id`` is ``<item's id>#<repeat>``: noise is drawn from it."""
-
-    item: int
-    repeat: int
-    sample_id: str
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one rank runs at once: pictures of one dataset and bucket. A ``filler`` keeps a rank busy that would have
-    nothing to do in the last step of an epoch; it counts nothing."""
-
-    occurrences: tuple[Occurrence, ...]
-    filler: bool = False
-
-
-@dataclass(frozen=True)
-class StepBatches:
-    """One optimizer step. ``micro[rank]`` are that rank's batches in order, equally many for all ranks;
-    ``real_samples`` counts the pictures of all ranks and batches without fillers."""
-
-    epoch: int
-    real_samples: int
-    micro: tuple[tuple[MicroBatch, ...], ...]
-
-
-def plan_epoch(items: Sequence[Item], batch_sizes: Sequence[int], seed: int, epoch: int) -> tuple[tuple[Occurrence, ...], ...]:
-    """The batches of one epoch, in order. Every picture occurs ``repeats`` times; a batch holds pictures of one
-    dataset and bucket, ``batch_sizes[dataset]`` of them save the last of each bucket.
-
-    The order is the order of a keyed hash of the sample ids: the same on every platform, and a picture added or removed
-    leaves the others' order alone. Batches follow the hash of their first sample, so buckets are mixed and, with a
-    single bucket, 4 batches of 1 hold the same pictures as 1 batch of 4.
+    Exactly what ``Rule.place`` says. Floating point decides only where it can: what lies within one part in a thousand
+    million of a border is given to ``Rule.place`` itself, once for each distinct size.
     """
-    key = f"{seed}/{epoch}".encode()
-    assert len(key) <= 64, "blake2b takes keys of up to 64 bytes"
-    groups: dict[tuple[int, tuple[int, int]], list[tuple[bytes, Occurrence]]] = {}
-    for index, item in enumerate(items):
-        group = groups.setdefault((item.dataset, item.placement.bucket), [])
-        for repeat in range(item.repeats):
-            sample_id = f"{item.sample_id}#{repeat}"
-            group.append((blake2b(sample_id.encode(), digest_size=16, key=key).digest(), Occurrence(index, repeat, sample_id)))
-    batches = []
-    for (dataset, _), group in groups.items():
-        group.sort(key=lambda pair: (pair[0], pair[1].sample_id))
-        size = batch_sizes[dataset]
-        for start in range(0, len(group), size):
-            chunk = group[start:start + size]
-            batches.append((chunk[0][0], chunk[0][1].sample_id, tuple(occurrence for _, occurrence in chunk)))
-    batches.sort(key=lambda batch: batch[:2])
-    return tuple(occurrences for _, _, occurrences in batches)
+    sizes = numpy.asarray(sizes)
+    index = numpy.zeros(len(sizes), dtype=numpy.int32)
+    if not rule.enable_bucket:
+        return index, (rule.resolution,) if len(sizes) else ()
+    found = _shrunken_buckets if rule.no_upscale else _listed_buckets
+    tables: list[numpy.ndarray] = []  # the buckets of each chunk as codes, sorted; ``index`` counts within it for now
+    for start in range(0, len(sizes), CHUNK):
+        codes, index[start:start + CHUNK] = found(sizes[start:start + CHUNK], rule)
+        tables.append(codes)
+    every = numpy.unique(numpy.concatenate(tables)) if tables else numpy.empty(0, dtype=numpy.int64)
+    for number, codes in enumerate(tables):
+        here = slice(number * CHUNK, (number + 1) * CHUNK)
+        index[here] = numpy.searchsorted(every, codes).astype(numpy.int32)[index[here]]
+    return index, tuple(_decode(code) for code in every)
 
 
-class StepPlan:
-    """Deals the batches of endless epochs to steps, micro-batches and ranks. Steps and epochs count from 0.
+def resized(sizes: numpy.ndarray, buckets: numpy.ndarray, rule: Rule) -> numpy.ndarray:
+    """``Rule.place(...).resized`` of many pictures: ``sizes`` and their ``buckets`` (N, 2) give (N, 2) int32. The middle
+    crop begins at ``(resized - bucket) // 2``."""
+    result = numpy.empty((len(sizes), 2), dtype=numpy.int32)
+    for start in range(0, len(sizes), CHUNK):
+        here = slice(start, start + CHUNK)
+        width, height = numpy.asarray(sizes[here], dtype=numpy.int64).T
+        wide, high = numpy.asarray(buckets[here], dtype=numpy.int64).T
+        wider = width * high >= height * wide
+        scaled = numpy.stack([numpy.where(wider, (2 * high * width + height) // (2 * height), wide),
+                              numpy.where(wider, high, (2 * wide * height + width) // (2 * width))], axis=1)
+        if rule.enable_bucket and rule.no_upscale:
+            kept = _keeps_its_size(width, height, rule)
+            scaled[kept] = sizes[here][kept]
+        result[here] = scaled
+    return result
 
-    A step takes ``world_size * accumulation`` batches; the last step of an epoch takes what is left, so it may have fewer
-    micro-batches, and an epoch never shares a step with the next one. Within a step micro-batch ``m`` of rank ``r`` is
-    batch ``m * world_size + r``.
-    """
 
-    def __init__(self, items: Sequence[Item], batch_sizes: Sequence[int], seed: int, world_size: int = 1, accumulation: int = 1):
-        assert items and world_size >= 1 and accumulation >= 1
-        assert len({item.sample_id for item in items}) == len(items), "sample ids must differ"
-        self.world_size, self.accumulation = world_size, accumulation
-        # A bound cache: the two latest epochs are enough for a loader that runs ahead over the seam.
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: plan_epoch(items, batch_sizes, seed, epoch))
-        self.batches_per_epoch = len(self._epoch(0))
-        self.steps_per_epoch = -(-self.batches_per_epoch // (world_size * accumulation))
+def _encode(width: numpy.ndarray, height: numpy.ndarray) -> numpy.ndarray:
+    """One int64 for each size; codes sort as the sizes do."""
+    return width.astype(numpy.int64) << 32 | height.astype(numpy.int64)
 
-    def step(self, index: int) -> StepBatches:
-        epoch, position = divmod(index, self.steps_per_epoch)
-        stride = self.world_size * self.accumulation
-        batches = self._epoch(epoch)[position * stride:(position + 1) * stride]
-        rounds = -(-len(batches) // self.world_size)
-        dealt = [MicroBatch(occurrences) for occurrences in batches]
-        dealt += [MicroBatch(batches[0], filler=True)] * (rounds * self.world_size - len(batches))
-        micro = tuple(tuple(dealt[rank::self.world_size]) for rank in range(self.world_size))
-        return StepBatches(epoch, sum(map(len, batches)), micro)
+
+def _decode(code: int) -> Size:
+    return int(code) >> 32, int(code) & 0xFFFFFFFF
+
+
+def _listed_buckets(sizes: numpy.ndarray, rule: Rule) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(codes of the chunk's buckets, index into them (n,)) where the buckets are those of ``bucket_sizes``."""
+    borders, codes = _borders(rule)
+    # Borders come in pairs around the true ones, so an odd place says "too close to tell". No two buckets have one
+    # shape (see _by_ratio), so the exact size needs no case of its own.
+    place = numpy.searchsorted(borders, sizes[:, 0] / sizes[:, 1])
+    bucket = codes[place >> 1]
+    _settle(bucket, sizes, place & 1 == 1, rule)
+    return _index_of(bucket)
+
+
+@lru_cache(maxsize=64)
+def _borders(rule: Rule) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Borders between neighbouring buckets as ratios of width to height, each twice; the codes of the buckets."""
+    ratios, sizes, _ = _by_ratio(rule.resolution, rule.minimum, rule.maximum, rule.step)
+    middle = numpy.exp((numpy.array(ratios[1:]) + numpy.array(ratios[:-1])) / 2)
+    borders = numpy.stack([middle * (1 - UNSURE), middle * (1 + UNSURE)], axis=1).ravel()
+    return borders, _encode(*numpy.array(sizes, dtype=numpy.int64).T)
+
+
+def _shrunken_buckets(sizes: numpy.ndarray, rule: Rule) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(codes of the chunk's buckets, index into them (n,)) by the rule of ``_place_without_enlarging``."""
+    area, step = rule.resolution[0] * rule.resolution[1], rule.step
+    width, height = sizes.astype(numpy.int64).T
+    bucket = _encode(width // step * step, height // step * step)
+    large = numpy.flatnonzero(~_keeps_its_size(width, height, rule))
+    width, height = width[large], height[large]
+    ratio, candidates, distances = numpy.log(width / height), [], []
+    for side, other, turned in ((width, height, False), (height, width, True)):
+        # float64 gives the whole part of a root exactly below 2**52, far more than side * area of any picture file
+        longest = numpy.sqrt(side * area // other).astype(numpy.int64)
+        first = numpy.maximum(numpy.minimum(side, longest) // step * step, step)
+        second = numpy.maximum(first * other // side // step * step, step)
+        over = first * second > area
+        shorter = area // numpy.where(first > second, second, first) // step * step
+        first, second = (numpy.where(over & (first > second), shorter, first),
+                         numpy.where(over & (first <= second), shorter, second))
+        wide, high = (second, first) if turned else (first, second)
+        candidates.append(_encode(wide, high))
+        distances.append(numpy.abs(numpy.log(wide / high) - ratio))
+    bucket[large] = numpy.where(distances[0] < distances[1], *candidates)
+    unsure = numpy.zeros(len(sizes), dtype=bool)
+    unsure[large] = (numpy.abs(distances[0] - distances[1]) < UNSURE) & (candidates[0] != candidates[1])
+    _settle(bucket, sizes, unsure, rule)
+    return _index_of(bucket)
+
+
+def _keeps_its_size(width: numpy.ndarray, height: numpy.ndarray, rule: Rule) -> numpy.ndarray:
+    """Where ``no_upscale`` leaves a picture as large as it is (int64 sides, so that the area fits)."""
+    return (width * height <= rule.resolution[0] * rule.resolution[1]) & (numpy.minimum(width, height) >= rule.step)
+
+
+def _settle(bucket: numpy.ndarray, sizes: numpy.ndarray, unsure: numpy.ndarray, rule: Rule) -> None:
+    """Ask ``Rule.place`` about the rows that are ``unsure``; ``bucket`` (codes) is changed in place."""
+    rows = numpy.flatnonzero(unsure)
+    if len(rows):
+        distinct, inverse = numpy.unique(_encode(*sizes[rows].T), return_inverse=True)
+        placed = numpy.array([rule.place(_decode(code)).bucket for code in distinct], dtype=numpy.int64)
+        bucket[rows] = _encode(*placed.T)[inverse]
+
+
+def _index_of(codes: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+    return numpy.unique(codes, return_inverse=True)

@@ -1,43 +1,53 @@
-"""Items and caches -> batches, in the order of the plan, prepared ahead by a thread or by DataLoader workers."""
+"""Items and caches -> batches, in the order of the plan, prepared ahead by threads or by worker processes."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import queue
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+import numpy
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from library.data.bucket import MicroBatch, StepPlan
-from library.data.cache import Stored
-from library.data.image import load_bytes, to_signal
-from library.errors import UserError
+from library.data.augment import View
+from library.data.filling import ahead
+from library.data.image import load_view
+from library.data.items import Items
+from library.data.loading import in_processes, in_thread
+from library.data.plan import MicroBatch, StepBatches, StepPlan
+from library.data.showing import EMPTY, Course, Showing, show
 
 if TYPE_CHECKING:
-    from library.data.scan import Item
+    from library.data.store import Store
 
-T = TypeVar("T")
+DECODERS = 2  # threads that decode pictures where there are no worker processes; caches are read by one: a second made it slower
+AHEAD = 4  # batches
+
+Order = tuple[tuple[Path, View, Literal["alpha"] | Path | None], ...]  # what a worker process needs for one batch
+Pictures = tuple[torch.Tensor, torch.Tensor | None]  # (B, 3, H, W) uint8 and masks (B, H, W) uint8
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples of one picture size. Letters: C latent channels, h w latent sides, H W picture sides."""
+    """B samples of one picture size. Letters: C latent channels, h w latent sides, H W picture sides.
+
+    Of ``latents`` and ``pixels`` one is None, and of the two masks at least one. Floats are as the caches hold them.
+    """
 
     sample_ids: tuple[str, ...]
     paths: tuple[str, ...]
     captions: tuple[str, ...]
-    latents: torch.Tensor | None  # (B, C, h, w) float32; None when latents are not cached
-    pixels: torch.Tensor | None  # (B, 3, H, W) float32 in [-1, 1]; None when they are
+    latents: torch.Tensor | None  # (B, C, h, w) float16; None when latents are not cached
+    pixels: torch.Tensor | None  # (B, 3, H, W) uint8; None when they are
     text: dict[str, torch.Tensor] | None  # name -> (B, ...); None when text is not cached
     geometry: torch.Tensor  # (B, 6) int64: original height, width; crop top, left; target height, width
-    weight: torch.Tensor  # (B,) float32; 0 for a filler
-    mask: None = None
+    weight: torch.Tensor  # (B,) float32: of the loss; 0 for a filler
+    mask: torch.Tensor | None = None  # (B, 1, h, w) float32 in 0..1, with cached latents; None: no sample has one
+    pixel_mask: torch.Tensor | None = None  # (B, H, W) uint8, with pixels
 
 
 @dataclass(frozen=True)
@@ -51,147 +61,125 @@ class StepMicro:
 
 
 @dataclass(frozen=True)
+class LatentCache:
+    """``rows`` (N, 2) int64 of the store, for each item as it is and flipped (-1: never flipped)."""
+
+    store: Store
+    rows: numpy.ndarray
+
+
+@dataclass(frozen=True)
+class TextCache:
+    """``rows`` (N, K) int64 of the store, for each item's caption variants; ``empty``: the row of the empty caption (-1 where
+    no caption is ever dropped)."""
+
+    store: Store
+    rows: numpy.ndarray
+    empty: int
+
+
+@dataclass(frozen=True)
 class TrainingData:
-    """The items with what is cached of them; without ``latents`` pictures are decoded as they are needed."""
+    """The items with what is cached of them; what is not is decoded, or left to be encoded, as it is needed."""
 
-    items: Sequence[Item]
-    latents: Sequence[Stored] | None = None  # aligned with items
-    text: Mapping[str, Stored] | None = None  # by caption
+    items: Items
+    course: Course
+    latents: LatentCache | None = None
+    text: TextCache | None = None
 
-    def pixels(self, micro: MicroBatch) -> torch.Tensor | None:
-        """(B, 3, H, W) uint8 of the pictures, or None when their latents are cached."""
+    def showings(self, micro: MicroBatch, epoch: int, step: int) -> list[Showing]:
+        return [show(self.items[each.item], each.repeat, self.course, epoch, step) for each in micro.occurrences]
+
+    def assemble(self, micro: MicroBatch, showings: Sequence[Showing], pictures: Pictures | None) -> Batch:
+        """The batch; ``pictures`` are decoded ones, None when latents are cached."""
+        latents = mask = text = None
         if self.latents is not None:
-            return None
-        return _decode([self.items[each.item] for each in micro.occurrences])
-
-    def assemble(self, micro: MicroBatch, pixels: torch.Tensor | None) -> Batch:
-        """The batch; ``pixels`` as from ``pixels()``."""
-        items = [self.items[each.item] for each in micro.occurrences]
-        latents = text = None
-        if self.latents is not None:
-            latents = torch.stack([self.latents[each.item].read()["latents"] for each in micro.occurrences]).float()
+            rows = [self.latents.rows[each.item, int(shown.view.flip)]
+                    for each, shown in zip(micro.occurrences, showings, strict=True)]
+            stored = self.latents.store.read_many(rows, {"mask": 255})  # the whole picture counts where others have a mask
+            latents, mask = stored["latents"], stored.get("mask")
         if self.text is not None:
-            values = [self.text[item.caption].read() for item in items]
-            text = {name: torch.stack([value[name] for value in values]) for name in values[0]}
+            rows = [self.text.empty if shown.variant == EMPTY else self.text.rows[each.item, shown.variant]
+                    for each, shown in zip(micro.occurrences, showings, strict=True)]
+            text = self.text.store.read_many(rows)
+        weights = [0.0 if micro.filler else shown.weight for shown in showings]
         return Batch(
-            sample_ids=tuple(each.sample_id for each in micro.occurrences), paths=tuple(str(item.path) for item in items),
-            captions=tuple(item.caption for item in items), latents=latents,
-            pixels=None if pixels is None else to_signal(pixels), text=text,
-            geometry=torch.tensor([_geometry(item) for item in items], dtype=torch.int64),
-            weight=torch.full((len(items),), 0.0 if micro.filler else 1.0))
+            sample_ids=tuple(shown.sample_id for shown in showings), paths=tuple(str(shown.path) for shown in showings),
+            captions=tuple(shown.caption for shown in showings), latents=latents,
+            pixels=None if pictures is None else pictures[0], text=text,
+            geometry=torch.tensor([shown.geometry for shown in showings], dtype=torch.int64),
+            weight=torch.tensor(weights, dtype=torch.float32), mask=None if mask is None else mask.float()[:, None] / 255,
+            pixel_mask=None if pictures is None else pictures[1])
 
 
 def batches(data: TrainingData, plan: StepPlan, rank: int, start_step: int, stop_step: int, workers: int) -> Iterator[StepMicro]:
     """The steps ``start_step`` to ``stop_step`` - 1 of one rank, the next ones being prepared meanwhile.
 
-    ``workers`` processes decode pictures; with cached latents, or 0, one thread does all. The batches are the same.
-    Close the generator when leaving early: it ends its thread and processes.
+    ``workers`` processes decode pictures, and live until the end; with cached latents, or 0, threads do all. The batches are
+    the same. Close the generator when leaving early: it ends its threads and processes.
     """
-    def wanted() -> Iterator[MicroBatch]:
+    def wanted() -> Iterator[tuple[StepBatches, MicroBatch, list[Showing]]]:
         for step in range(start_step, stop_step):
-            yield from plan.step(step).micro[rank]
+            dealt = plan.step(step)
+            for micro in dealt.micro[rank]:
+                yield dealt, micro, data.showings(micro, dealt.epoch, step)
 
     if data.latents is None and workers > 0:
-        source = _with_processes(data, wanted(), min(workers, os.cpu_count() or 1))
+        source = _from_processes(data, wanted(), workers)
     else:
-        source = _with_thread(lambda: (data.assemble(micro, data.pixels(micro)) for micro in wanted()))
-    try:
+        source = in_thread(lambda: _from_threads(data, wanted()), ahead=AHEAD)
+    with closing(source):
         for step in range(start_step, stop_step):
-            batches_of_step = plan.step(step)
-            micro = tuple(next(source) for _ in batches_of_step.micro[rank])
-            yield StepMicro(step, batches_of_step.epoch, micro, batches_of_step.real_samples)
-    finally:
-        source.close()
+            dealt, first = next(source)
+            micro = (first, *(next(source)[1] for _ in dealt.micro[rank][1:]))
+            yield StepMicro(step, dealt.epoch, micro, dealt.real_samples)
 
 
-def _decode(items: Sequence[Item]) -> torch.Tensor:
-    return torch.stack([load_bytes(item.path, item.placement) for item in items])
+def _from_threads(data: TrainingData, wanted: Iterator[tuple]) -> Iterator[tuple[StepBatches, Batch]]:
+    def make(asked: tuple[StepBatches, MicroBatch, list[Showing]]) -> tuple[StepBatches, Batch]:
+        dealt, micro, showings = asked
+        return dealt, data.assemble(micro, showings, None if data.latents is not None else decode(_order(showings)))
 
-
-def _geometry(item: Item) -> tuple[int, ...]:
-    (width, height), place = item.size, item.placement
-    return height, width, place.crop[1], place.crop[0], place.bucket[1], place.bucket[0]
-
-
-def _with_thread(produce: Callable[[], Iterable[T]], ahead: int = 4) -> Iterator[T]:
-    """What ``produce`` yields, computed up to ``ahead`` values early by one thread; its exception is raised here."""
-    results: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=ahead)
-    stopped = threading.Event()
-
-    def put(kind: str, value: object) -> bool:
-        while not stopped.is_set():
-            try:
-                results.put((kind, value), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def run() -> None:
+    if data.latents is not None:
+        yield from map(make, wanted)
+        return
+    with ThreadPoolExecutor(DECODERS, thread_name_prefix="data") as pool:
         try:
-            for value in produce():
-                if not put("value", value):
-                    return
-            put("end", None)
-        except BaseException as error:  # handed to the reader
-            put("error", error)
-
-    thread = threading.Thread(target=run, name="data", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = results.get()
-            if kind == "error":
-                raise value  # type: ignore[misc]
-            if kind == "end":
-                return
-            yield value  # type: ignore[misc]
-    finally:
-        stopped.set()
-        thread.join()
+            yield from ahead(pool, make, wanted, DECODERS)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _with_processes(data: TrainingData, wanted: Iterable[MicroBatch], workers: int) -> Iterator[Batch]:
-    """Workers only decode pictures: caches in memory stay in this process and are not copied to them."""
-    requests, order = itertools.tee(wanted)
-    # Without a generator of its own the loader would draw its base seed from torch's global state.
-    loader = DataLoader(_Pictures(data.items), batch_size=None, sampler=requests, num_workers=workers, collate_fn=_unchanged,
-                        worker_init_fn=_start_worker, generator=torch.Generator())
-    answers = iter(loader)
-    try:
-        for micro in order:
-            answer = next(answers)
-            if isinstance(answer, UserError):
-                raise answer
-            yield data.assemble(micro, answer)
-    finally:
-        del answers  # ends the processes
+def _from_processes(data: TrainingData, wanted: Iterator[tuple], workers: int) -> Iterator[tuple[StepBatches, Batch]]:
+    """Processes only decode pictures: they get paths and crops, and neither the table of items nor the caches."""
+    asked, kept = itertools.tee(wanted)
+    answers = in_processes(_decode_to_arrays, (_order(showings) for _, _, showings in asked), workers)
+
+    def assembled() -> Iterator[tuple[StepBatches, Batch]]:
+        with closing(answers):
+            for dealt, micro, showings in kept:
+                pixels, mask = next(answers)
+                pictures = torch.from_numpy(pixels), None if mask is None else torch.from_numpy(mask)
+                yield dealt, data.assemble(micro, showings, pictures)
+    return in_thread(assembled, ahead=1)  # text is read from its cache while the step runs
 
 
-class _Pictures(Dataset):
-    """MicroBatch -> its pictures (B, 3, H, W) uint8, or the UserError, which torch would bury in a stack trace."""
-
-    def __init__(self, items: Sequence[Item]):
-        self.items = items
-
-    def __getitem__(self, micro: MicroBatch) -> torch.Tensor | UserError:
-        try:
-            return _decode([self.items[each.item] for each in micro.occurrences])
-        except UserError as error:
-            return error
+def _order(showings: Sequence[Showing]) -> Order:
+    return tuple((shown.path, shown.view, shown.mask) for shown in showings)
 
 
-def _unchanged(value: T) -> T:
-    return value
+def decode(order: Order) -> Pictures:
+    """The pictures and masks of one batch; a picture without a mask among others that have one counts everywhere."""
+    loaded = [load_view(path, view, str(path), mask) for path, view, mask in order]
+    masks = [mask for _, mask in loaded]
+    if all(mask is None for mask in masks):
+        return torch.stack([pixels for pixels, _ in loaded]), None
+    filled = [torch.full(pixels.shape[1:], 255, dtype=torch.uint8) if mask is None else mask for pixels, mask in loaded]
+    return torch.stack([pixels for pixels, _ in loaded]), torch.stack(filled)
 
 
-def _start_worker(index: int) -> None:
-    """Ctrl-C and SIGTERM often reach the whole process group. The main process then finishes its step and saves, so a
-    worker lives on until it is told to end, after SIGTERM for half a minute at most."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def end_later(signum: int, frame: object) -> None:
-        timer = threading.Timer(30, os._exit, (0,))
-        timer.daemon = True
-        timer.start()
-    signal.signal(signal.SIGTERM, end_later)
+def _decode_to_arrays(order: Order) -> tuple[numpy.ndarray, numpy.ndarray | None]:
+    """In a worker process. Tensors would travel in shared memory, of which containers often have 64 MB: arrays go through the
+    pipe, as fast."""
+    pixels, mask = decode(order)
+    return pixels.numpy(), None if mask is None else mask.numpy()

@@ -1,134 +1,303 @@
-"""Fills the caches: encodes what has no value yet, each distinct picture and caption once, and nothing else."""
+"""Fills the cache of latents: encodes what has no value yet, each distinct picture once, and nothing else.
+
+Pictures are read and decoded by threads, encoded by the caller's function and written by the store's thread, all at the same
+time. Several ranks share the work; what they wrote is seen by all of them when ``fill_latents`` returns.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+import numpy
 import torch
 
-from library.data.cache import Cache, Stored, content_hash, latent_key, text_key
-from library.data.image import load_bytes, to_signal
+from library.data.augment import plain_view
+from library.data.filling import (
+    FolderWriter,
+    Progress,
+    Ranks,
+    ahead,
+    errors_of,
+    fill_rounds,
+    flat,
+    leaving,
+    mask_to_bytes,
+    require_finite,
+    require_space,
+    share_of,
+    thread_count,
+)
+from library.data.image import load_view, mask_to_cells
+from library.data.items import Items
+from library.data.keys import SIZE, UNKNOWN, LatentKeys, content_hash
 from library.errors import UserError, raise_all
 
 if TYPE_CHECKING:
-    from library.data.scan import Item
+    from library.data.store import Store
 
-Progress = Callable[[int, int], None]  # (done, total) of what has to be encoded
-T, R = TypeVar("T"), TypeVar("R")
+Remember = Callable[[int, numpy.ndarray, numpy.ndarray], None]  # (number of the listing, its rows (n,), hashes (n, 16))
+Told = tuple[str, str, str]  # a UserError on its way between ranks
 SHOWN = 5
 
 
-def fill_latents(items: Sequence[Item], cache_for: Callable[[Item], Cache], encode: Callable[[torch.Tensor], torch.Tensor],
-                 identity: str, batch_size: int, progress: Progress | None = None) -> tuple[Stored, ...]:
-    """Where each item's ``{"latents": (C, h, w) float16}`` lies, in the order of ``items``.
+def fill_latents(items: Items, store: Store, encode: Callable[[torch.Tensor], torch.Tensor], identity: str, batch_size: int, *,
+                 folders: numpy.ndarray, flips: bool = True, ranks: Ranks = Ranks(), progress: Progress | None = None,
+                 remember: Remember | None = None) -> numpy.ndarray:
+    """(N, 2) int64: the rows of ``store`` with ``{"latents": (C, h, w) float16, "mask": (h, w) uint8}`` of each item, column 0
+    as it is, column 1 flipped where its subset flips (else, and with ``flips`` False, -1). Items without a mask have none.
 
-    ``encode``: (B, 3, H, W) float32 in [-1, 1] on the CPU -> (B, C, h, w). A batch has pictures of one size. Raises
-    UserErrors for pictures that cannot be decoded (after all the others are done) and UserError naming the picture when
-    the encoder's answer is not finite in half precision.
+    ``encode``: (B, 3, H, W) uint8 on the CPU -> (B, C, h, w) on any device; pictures of one size. ``folders``: the folder of
+    the store for each listing. ``remember`` is called on the first rank with the hashes of files that had none. Raises
+    UserErrors for pictures that cannot be decoded (after all the others are done) and UserError naming the picture when the
+    encoder's answer is not finite in half precision.
     """
-    def locate(item: Item) -> Stored:
-        return Stored(cache_for(item), latent_key(content_hash(_read(item.path)), identity, item.placement), str(item.path))
+    job = _Latents(items, store, encode, identity, batch_size, folders[items.listing], flips, ranks, progress)
+    job.hash_masks()
 
-    def decode(pair: tuple[Item, Stored]) -> torch.Tensor | UserError:
-        item, stored = pair
+    def merge(shares: list[_Share]) -> None:
+        learned = job.learn(shares)
+        if remember is not None and ranks.rank == 0:
+            for listing in numpy.unique(items.listing[learned]).tolist():
+                rows = learned[items.listing[learned] == listing]
+                remember(listing, items.row[rows].astype(numpy.int64), job.content[rows])
+        errors = errors_of(share.errors for share in shares)
+        if len(errors) > SHOWN:
+            errors = [*errors[:SHOWN], UserError(f"{len(errors) - SHOWN} more: pictures that cannot be decoded")]
+        raise_all(errors)
+
+    fill_rounds(ranks, store, job.missing, job.work, merge)
+    return job.rows
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank learned: content hashes of ``rows`` (n, 16), and which pictures cannot be decoded."""
+
+    rows: numpy.ndarray
+    hashes: numpy.ndarray
+    errors: list[Told]
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """One picture from a thread. ``keys``: those of (plain, flipped) that have to be encoded, None for the others."""
+
+    row: int
+    path: str
+    content: bytes
+    keys: tuple[bytes | None, bytes | None]
+    pixels: torch.Tensor | None  # (3, H, W) uint8
+    mask: torch.Tensor | None  # (H, W) uint8
+    error: UserError | None = None
+
+
+@dataclass(frozen=True)
+class _ToEncode:
+    folder: int
+    key: bytes
+    path: str
+    pixels: torch.Tensor
+    mask: torch.Tensor | None
+
+
+class _Latents:
+    """One call of ``fill_latents``. Columns are aligned with the items; keys (N, 16) are those of the contents as known."""
+
+    def __init__(self, items: Items, store: Store, encode: Callable[[torch.Tensor], torch.Tensor], identity: str, batch_size: int,
+                 folder: numpy.ndarray, flips: bool, ranks: Ranks, progress: Progress | None):
+        self.items, self.store, self.encode, self.batch_size = items, store, encode, batch_size
+        self.folder, self.ranks, self.progress = folder, ranks, progress
+        self.content = items.column("content")
+        self.mask_content = numpy.zeros_like(self.content)
+        self.naming = LatentKeys(items, identity)
+        flipping = numpy.array([flips and subset.augment.flip for subset in items.subsets])
+        self.flipped = flipping[items.listing]
+        self.rows = numpy.full((len(items), 2), -1, dtype=numpy.int64)
+        self._stale = numpy.ones(len(items), dtype=bool)  # rows whose keys do not fit their content
+        self._keys = [numpy.zeros_like(self.content), numpy.zeros_like(self.content)]
+        self._claimed: set[bytes] = set()
+        self._lock = threading.Lock()
+
+    def hash_masks(self) -> None:
+        """The content of mask files is part of the keys. They are small and not listed with hashes, so each start reads them."""
+        items = self.items
+        masked = [number for number, listing in enumerate(items.listings) if listing.masks is not None]
+        rows = numpy.flatnonzero(numpy.isin(items.listing, masked)).tolist()
+
+        def read(row: int) -> bytes | UserError:
+            listing = items.listings[items.listing[row]]
+            name = listing.masks[int(items.row[row])]
+            try:
+                return content_hash(_read(Path(name), "mask")) if name else UNKNOWN
+            except UserError as error:
+                return error
+
+        def hashes() -> list[bytes | UserError]:
+            with ThreadPoolExecutor(thread_count(self.ranks)) as pool:
+                found = list(ahead(pool, read, rows[self.ranks.rank::self.ranks.world_size], 64))
+            raise_all([one for one in found if isinstance(one, UserError)][:SHOWN])
+            return found
+
+        if rows:
+            for rank, found in enumerate(self.ranks.together(hashes)):
+                mine = rows[rank::self.ranks.world_size]
+                self.mask_content[mine] = numpy.frombuffer(b"".join(found), dtype=numpy.uint8).reshape(-1, SIZE)
+
+    def missing(self) -> numpy.ndarray:
+        """Rows to look at, sorted by folder, then by group, each distinct picture once; ``self.rows`` is up to date then."""
+        known = self.content.any(axis=1)
+        changed = numpy.flatnonzero(self._stale & known)
+        for flip in (False, True):
+            some = changed[self.flipped[changed]] if flip else changed
+            self._keys[flip][some] = self.naming.of_many(some, flip, self.content[some], self.mask_content[some])
+            wanted = numpy.flatnonzero(known & self.flipped if flip else known)
+            self.rows[wanted, int(flip)] = self.store.find(self._keys[flip][wanted])
+        self._stale[changed] = False
+        lacking = numpy.flatnonzero(~known | (self.rows[:, 0] < 0) | (self.flipped & (self.rows[:, 1] < 0)))
+        # Rows of equal content differ in nothing that is encoded, save where only one of them is flipped: that one comes first.
+        order = lacking[numpy.lexsort((lacking, ~self.flipped[lacking]))]
+        names = numpy.ascontiguousarray(self._keys[0][order]).view(f"V{SIZE}").reshape(-1)
+        _, first = numpy.unique(names, return_index=True)
+        todo = numpy.concatenate([order[first][known[order[first]]], order[~known[order]]])
+        return todo[numpy.lexsort((todo, self.items.group[todo], self.folder[todo]))]
+
+    def work(self, todo: numpy.ndarray, written: list[bytes]) -> _Share:
+        """Encode this rank's share of ``todo``."""
+        self._claimed.clear()
+        run = self.folder[todo].astype(numpy.int64) << 32 | self.items.group[todo]
+        runs = [part.tolist() for part in numpy.split(todo, numpy.flatnonzero(numpy.diff(run)) + 1)]
+        mine = share_of(self.ranks, runs, self.batch_size)
+        rows, hashes, errors = [], bytearray(), []
+        with FolderWriter(self.store, written) as writer, ThreadPoolExecutor(thread_count(self.ranks)) as pool:
+            decoded = ahead(pool, self._decode, mine, 2 * thread_count(self.ranks) + 2 * self.batch_size)
+
+            def told() -> Iterator[_Decoded]:
+                for number, one in enumerate(decoded, 1):
+                    if one.error is not None:
+                        errors.extend(flat(one.error))
+                    else:
+                        rows.append(one.row)
+                        hashes.extend(one.content)
+                        yield one
+                    if self.progress and number < len(mine):
+                        self.progress(number, len(mine), len(written))
+
+            try:
+                self._encode_all(self._batches(told()), writer, todo)
+            finally:
+                pool.shutdown(cancel_futures=True)
+            if self.progress and mine:
+                self.progress(len(mine), len(mine), len(written))
+        return _Share(numpy.array(rows, dtype=numpy.int64), numpy.frombuffer(bytes(hashes), dtype=numpy.uint8).reshape(-1, SIZE),
+                      errors)
+
+    def learn(self, shares: Sequence[_Share]) -> numpy.ndarray:
+        """Take over what the ranks found in the files; returns the rows whose hashes are new."""
+        rows = numpy.concatenate([share.rows for share in shares])
+        hashes = numpy.concatenate([share.hashes for share in shares])
+        fresh = (self.content[rows] != hashes).any(axis=1)
+        self.content[rows[fresh]] = hashes[fresh]
+        self._stale[rows[fresh]] = True
+        return numpy.unique(rows[fresh])
+
+    def _decode(self, row: int) -> _Decoded:
+        """One file: read once, hashed, looked up, and decoded when something of it has to be encoded. Runs in a thread."""
+        item = self.items[row]
+        path = str(item.path)
         try:
-            data = _read(item.path)
-            if latent_key(content_hash(data), identity, item.placement) != stored.key:
-                raise UserError("the picture changed while it was being encoded", place=str(item.path), remedy="start again")
-            return load_bytes(data, item.placement, str(item.path))
+            data = _read(item.path, "picture")
+            content = content_hash(data)
+            mask, mask_content = item.mask, UNKNOWN
+            if isinstance(mask, Path):
+                mask = _read(mask, "mask")
+                mask_content = content_hash(mask)
+            keys = self._wanted(row, content, mask_content)
+            if keys == (None, None):
+                return _Decoded(row, path, content, keys, None, None)
+            pixels, alpha = load_view(data, plain_view(item), path, mask)
+            return _Decoded(row, path, content, keys, pixels, alpha)
         except UserError as error:
-            return error
+            return _Decoded(row, path, b"", (None, None), None, None, error)
 
-    with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:  # Pillow and hashing let go of the GIL
-        stored = tuple(_ahead(pool, locate, items))
-        missing = list(_missing(zip(items, stored, strict=True)))
-        missing.sort(key=lambda pair: pair[0].placement.bucket)  # stable: batches of one size, otherwise in order
-        errors: list[UserError] = []
-        done, batch = 0, []
-        for index, (pair, pixels) in enumerate(zip(missing, _ahead(pool, decode, missing), strict=True)):
-            if isinstance(pixels, UserError):
-                errors.append(pixels)
+    def _wanted(self, row: int, content: bytes, mask_content: bytes) -> tuple[bytes | None, bytes | None]:
+        keys: list[bytes | None] = [self.naming.of(row, False, content, mask_content), None]
+        if self.flipped[row]:
+            keys[1] = self.naming.of(row, True, content, mask_content)
+        asked = [key for key in keys if key is not None]
+        found = self.store.find(numpy.frombuffer(b"".join(asked), dtype=numpy.uint8).reshape(-1, SIZE))
+        with self._lock:  # two copies of a picture are encoded once
+            for index, at in enumerate(found.tolist()):
+                if at >= 0 or asked[index] in self._claimed:
+                    keys[index] = None
+                else:
+                    self._claimed.add(asked[index])
+        return keys[0], keys[1]
+
+    def _batches(self, decoded: Iterator[_Decoded]) -> Iterator[list[_ToEncode]]:
+        """Batches of one folder and one size; pictures come sorted by both."""
+        batch: list[_ToEncode] = []
+        for one in decoded:
+            for flip, key in enumerate(one.keys):
+                if key is None:
+                    continue
+                pixels, mask = (value if value is None or not flip else value.flip(-1) for value in (one.pixels, one.mask))
+                new = _ToEncode(int(self.folder[one.row]), key, one.path, pixels, mask)
+                if batch and (new.folder, new.pixels.shape) != (batch[0].folder, batch[0].pixels.shape):
+                    yield batch
+                    batch = []
+                batch.append(new)
+                if len(batch) == self.batch_size:
+                    yield batch
+                    batch = []
+        if batch:
+            yield batch
+
+    def _encode_all(self, batches: Iterator[list[_ToEncode]], writer: FolderWriter, todo: numpy.ndarray) -> None:
+        """The device works on a batch while the one before is converted and written."""
+        before = None
+        for batch in batches:
+            with torch.no_grad():
+                latents = self.encode(torch.stack([one.pixels for one in batch]))
+            assert len(latents) == len(batch), "encode must keep the batch"
+            now = (batch, latents, leaving(latents))
+            if before is None:
+                self._require_space(latents, batch[0].pixels, todo)
             else:
-                batch.append((pair[1], pixels))
-            last = index + 1 == len(missing) or missing[index + 1][0].placement.bucket != pair[0].placement.bucket
-            if batch and (last or len(batch) == batch_size):
-                with torch.no_grad():
-                    latents = encode(to_signal(torch.stack([pixels for _, pixels in batch])))
-                assert len(latents) == len(batch), "encode must keep the batch"
-                for (place, _), one in zip(batch, latents, strict=True):
-                    place.cache.put(place.key, {"latents": _half(one, f"the latents of this picture ({place.of})")})
-                done, batch = done + len(batch), []
-                if progress:
-                    progress(done, len(missing))
-    if len(errors) > SHOWN:
-        errors = [*errors[:SHOWN], UserError(f"{len(errors) - SHOWN} more: pictures that cannot be decoded")]
-    raise_all(errors)
-    return stored
+                self._write(*before, writer)
+            before = now
+        if before is not None:
+            self._write(*before, writer)
+
+    def _write(self, batch: list[_ToEncode], latents: torch.Tensor, arrived: Callable[[], torch.Tensor],
+               writer: FolderWriter) -> None:
+        halves = arrived()
+        for one, half, exact in zip(batch, halves, latents, strict=True):
+            require_finite(half, exact, f"the latents of this picture ({one.path})")
+            tensors = {"latents": half}
+            if one.mask is not None:
+                tensors["mask"] = mask_to_bytes(mask_to_cells(one.mask[None], *half.shape[1:]))[0, 0]
+            writer.put(one.folder, one.key, tensors, {})
+
+    def _require_space(self, latents: torch.Tensor, pixels: torch.Tensor, todo: numpy.ndarray) -> None:
+        """Before the first batch is written. Files that have no hash yet may turn out to be cached, unless nothing is."""
+        if self.store.in_memory:
+            return
+        sure = todo if len(self.store) == 0 else todo[self.content[todo].any(axis=1)]
+        per_pixel = latents[0].numel() * 2 / (pixels.shape[1] * pixels.shape[2])
+        area = numpy.array([width * height for _, (width, height) in self.items.groups], dtype=numpy.float64)
+        sizes = area[self.items.group[sure]] * (1 + self.flipped[sure]) * per_pixel
+        require_space(self.store, {int(folder): float(sizes[self.folder[sure] == folder].sum())
+                                   for folder in numpy.unique(self.folder[sure])})
 
 
-def fill_text(items: Iterable[Item], cache_for: Callable[[Item], Cache], encode: Callable[[list[str]], dict[str, torch.Tensor]],
-              identity: str, batch_size: int, progress: Progress | None = None) -> dict[str, Stored]:
-    """Where each distinct caption's named tensors lie; floats in half precision, masks and numbers as they are.
-
-    ``encode``: captions -> named tensors (B, ...). A caption is kept in the cache of the first item that has it.
-    """
-    stored: dict[str, Stored] = {}
-    for item in items:
-        if item.caption not in stored:
-            stored[item.caption] = Stored(cache_for(item), text_key(item.caption, identity), item.caption)
-    missing = [caption for caption, _ in _missing(stored.items())]
-    for start in range(0, len(missing), batch_size):
-        captions = missing[start:start + batch_size]
-        with torch.no_grad():
-            encoded = {name: tensor.cpu() for name, tensor in encode(captions).items()}
-        assert all(len(tensor) == len(captions) for tensor in encoded.values()), "encode must keep the batch"
-        for index, caption in enumerate(captions):
-            # clone: a view would keep, and store, the whole batch
-            value = {name: _half(tensor[index], f"{name} of the caption {caption!r}") if tensor.is_floating_point()
-                     else tensor[index].clone() for name, tensor in encoded.items()}
-            stored[caption].cache.put(stored[caption].key, value)
-        if progress:
-            progress(start + len(captions), len(missing))
-    return stored
-
-
-def _missing(pairs: Iterable[tuple[T, Stored]]) -> Iterator[tuple[T, Stored]]:
-    """The pairs without a valid value, each place once."""
-    seen = set()
-    for what, stored in pairs:
-        place = (id(stored.cache), stored.key)
-        if place not in seen and stored.cache.get(stored.key) is None:
-            yield what, stored
-        seen.add(place)
-
-
-def _half(tensor: torch.Tensor, what: str) -> torch.Tensor:
-    half = tensor.to("cpu", torch.float16, copy=True)
-    if not torch.isfinite(half).all():
-        finite = bool(torch.isfinite(tensor).all())
-        reason = "exceed the range of half precision" if finite else "contain NaN or infinity"
-        raise UserError(f"{what} {reason}",
-                        remedy="remove or replace it; if it happens to all, encode in float32 (--mixed_precision no)")
-    return half
-
-
-def _read(path: Path) -> bytes:
+def _read(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"the picture cannot be read: {error.strerror or error}", place=str(path),
+        raise UserError(f"the {what} cannot be read: {error.strerror or error}", place=str(path),
                         remedy="put it back, or start again without it") from None
-
-
-def _ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], inputs: Sequence[T], ahead: int = 16) -> Iterator[R]:
-    """``map`` in order that holds at most ``ahead`` results, so that decoded pictures do not pile up."""
-    waiting = iter(inputs)
-    futures = [pool.submit(work, one) for one in islice(waiting, ahead)]
-    while futures:
-        yield futures.pop(0).result()
-        futures += [pool.submit(work, one) for one in islice(waiting, 1)]

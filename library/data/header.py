@@ -1,4 +1,4 @@
-"""Picture files opened with Pillow as far as their headers; the decoding is in ``image.py``. Imports no torch."""
+"""Picture files opened as far as their headers; the decoding is in ``decode.py``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+from library.data.quick_header import quick_size
 from library.errors import UserError
 
 MAX_PIXELS = 256 * 1024**2  # 800 MB as RGB; larger than any camera's single picture, smaller than a decompression bomb
@@ -18,6 +19,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # The dialect's list plus GIF (first frame) and TIFF. AVIF and JPEG XL only where Pillow can read them.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
 
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 _ORIENTATION_TAG = 0x0112
 TRANSPOSE = {  # EXIF orientation -> what turns the stored picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -71,6 +73,27 @@ def upright_size(picture: Image.Image) -> tuple[int, int]:
     """(width, height) after the EXIF orientation."""
     width, height = picture.size
     return (height, width) if orientation(picture) >= 5 else (width, height)
+
+
+def picture_size(path: str) -> tuple[tuple[int, int], os.stat_result]:
+    """(width, height) after the EXIF orientation, and the state the file was in when it was read.
+
+    Raises UserError as ``open_picture`` does.
+    """
+    size, state = None, None
+    try:
+        handle = os.open(path, READ_FLAGS)
+        try:
+            state = os.fstat(handle)
+            size = quick_size(handle, state.st_size)
+        finally:
+            os.close(handle)
+    except OSError:
+        pass  # open_picture says in words what it is
+    if size is None or state is None:
+        with open_picture(Path(path), path) as picture:
+            size, state = upright_size(picture), state or os.stat(path)
+    return size, state
 
 
 def _byte_count(source: Path | BinaryIO) -> int:

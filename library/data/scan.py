@@ -1,151 +1,200 @@
-"""Folders -> items: finds the pictures, their sizes (headers only) and captions, and gives each its bucket."""
+"""Settings -> items: finds the pictures of all subsets, their sizes and captions, and gives each its bucket.
+
+What was found out is kept where ``index_dir`` says, and a later start reads only what changed: a file counts as unchanged while
+its size and time do. A file written within two seconds of a look is read again by the next one.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
-from library.data.bucket import Placement, Rule
-from library.data.header import SUFFIXES, open_picture, readable_suffixes, upright_size
+import numpy
+
+from library.data import problems
+from library.data.bucket import Size, assign
+from library.data.examine import Check, examine
+from library.data.index import Kept
+from library.data.items import Items, Listing
+from library.data.listing import Found, find
+from library.data.metadata_file import find_listed
+from library.data.problems import Problem, Tally
 from library.data.spec import DatasetSpec, SubsetSpec
-from library.errors import UserError, raise_all
+from library.data.strings import Strings
+from library.errors import UserError
+from library.file_lock import FileLock
 from library.log import log
 
-SHOWN_PER_KIND = 5  # mistakes of one kind spelled out before the rest is counted
+LOCK_SECONDS = 900.0  # to wait for another run that looks at the same folder; then this one looks for itself
 
 
 @dataclass(frozen=True)
-class Item:
-    """One picture of one subset. ``sample_id`` does not depend on where the folder lies; ``size`` is (width, height)
-    after the EXIF orientation; ``place`` is the subset's ``file:line``."""
+class Scan:
+    """``items`` are the pictures that can be read; one whose caption is amiss is among them, with an empty caption."""
 
-    sample_id: str
-    path: Path
-    size: tuple[int, int]
-    caption: str
-    dataset: int
-    repeats: int
-    placement: Placement
-    place: str
+    items: Items
+    problems: tuple[Problem, ...]
+    kept: tuple[Kept | None, ...]  # the index of each listing
+
+    def raise_errors(self) -> None:
+        """Raise UserErrors with the first five errors of each kind and the number of the others."""
+        problems.raise_errors(self.problems)
+
+    def warnings(self) -> list[str]:
+        """What does not keep a run from starting, in a line each."""
+        return [str(problem.error) for problem in self.problems if problem.severity == "warning"]
+
+    def remember(self, listing: int, rows: numpy.ndarray, content: numpy.ndarray) -> None:
+        """Keep the content hashes (n, 16) uint8 of rows (n,) of ``items.listings[listing]`` for later runs."""
+        values = self.items.listings[listing].content
+        if values.flags.writeable:
+            values[rows] = content
+        kept = self.kept[listing]
+        if kept is not None:
+            kept.remember(rows, content)
 
 
-def scan(specs: Sequence[DatasetSpec]) -> tuple[Item, ...]:
-    """All pictures of all subsets, sorted by name within a folder, so in the same order on every system.
+def scan(specs: Sequence[DatasetSpec], *, index_dir: Callable[[SubsetSpec], Path | None] = lambda subset: None,
+         check: Check = "fast") -> Scan:
+    """All pictures of all subsets, sorted by name within a subset, so in the same order on every system.
 
-    Raises UserErrors with what is wrong with pictures, captions and folders: the first five of each kind and a count.
+    ``index_dir`` gives the folder to keep a subset's index in, or None. ``check``: "fast" reads what has another size or time
+    than at the last look, "full" reads everything and forgets the content hashes, "none" believes the index and looks only at
+    what it does not have. Raises nothing for mistakes in the data: they are in the result's ``problems``.
     """
-    mistakes = _Mistakes()
-    readable = readable_suffixes()
-    items: list[Item] = []
-    for dataset, spec in enumerate(specs):
-        for number, subset in enumerate(spec.subsets):
-            items += _scan_subset(subset, f"{dataset}.{number}", dataset, spec.rule, readable, mistakes)
-    raise_all(mistakes.errors())
-    return tuple(items)
+    began = time.time_ns()
+    listings: list[Listing] = []
+    kept: list[Kept | None] = []
+    gathered: list[Problem] = []
+    scanned: dict[tuple, tuple[Listing, Kept | None]] = {}
+    for subset in (subset for spec in specs for subset in spec.subsets):
+        folder = index_dir(subset)
+        # The same folder with the same captions may stand in several datasets, one for each resolution.
+        key = (_where(subset, None), _how(subset), folder)
+        if key not in scanned:
+            tally = Tally()
+            scanned[key] = _scan_subset(subset, folder, check, began, tally)
+            gathered += tally.problems
+        listing, index = scanned[key]
+        listings.append(listing)
+        kept.append(index)
+        gathered += _more_lines(listing, subset)
+    return Scan(_items(tuple(specs), tuple(listings)), tuple(gathered), tuple(kept))
 
 
-class _Mistakes:
-    """UserErrors by kind, so that a thousand missing captions do not hide one broken picture."""
-
-    def __init__(self) -> None:
-        self.kinds: dict[str, list[UserError]] = {}
-
-    def add(self, kind: str, error: UserError) -> None:
-        self.kinds.setdefault(kind, []).append(error)
-
-    def errors(self) -> list[UserError]:
-        shown = []
-        for kind, errors in self.kinds.items():
-            shown += errors[:SHOWN_PER_KIND]
-            if len(errors) > SHOWN_PER_KIND:
-                shown.append(UserError(f"{len(errors) - SHOWN_PER_KIND} more: {kind}"))
-        return shown
-
-
-def _scan_subset(subset: SubsetSpec, prefix: str, dataset: int, rule: Rule, readable: frozenset[str],
-                 mistakes: _Mistakes) -> list[Item]:
-    names = _picture_names(subset, readable, mistakes)
-    items, cut = [], 0
-    for name in names:
-        path = subset.image_dir / name
-        try:
-            with open_picture(path, str(path)) as picture:
-                size = upright_size(picture)
-        except UserError as error:
-            mistakes.add("pictures that cannot be read", error)
-            continue
-        try:
-            caption, whole = find_caption(path, subset)
-        except UserError as error:
-            mistakes.add("captions missing or unreadable", error)
-            continue
-        cut += not whole
-        items.append(Item(f"{prefix}/{name}", path, size, caption, dataset, subset.num_repeats, rule.place(size), subset.place))
-    if cut:
-        log.warning("%s: %d caption files have several lines; only the first is used, as in the dialect", subset.place, cut)
-    return items
+def _scan_subset(subset: SubsetSpec, folder: Path | None, check: Check, began: int, tally: Tally) -> tuple[Listing, Kept | None]:
+    kept = None if folder is None else Kept(folder, _where(subset, folder), _how(subset))
+    with _locked(kept) as obstacle:
+        old = None if kept is None else kept.load()
+        same_captions = old is not None
+        if old is not None and old.sound and check == "none":
+            listed = _is_listed(subset)
+            found = Found(_root(subset), old.names, None if listed else old.sources, old.captions if listed else None,
+                          old.weights, old.masks)
+        else:
+            found = (find_listed if _is_listed(subset) else find)(subset, tally)
+            old = kept.load_other() if old is None and kept is not None else old
+        columns, changed = examine(found, old, same_captions, subset, check, began, tally)
+        if kept is not None and changed and obstacle is None:
+            try:
+                columns = kept.save(columns)
+            except (OSError, UserError) as error:
+                obstacle = str(error)
+    if obstacle is not None and changed and kept is not None:
+        tally.add(problems.NO_INDEX, kept.folder, UserError(
+            f"the index of the pictures cannot be kept in {kept.folder} ({obstacle}): every start looks at them anew",
+            place=subset.place, remedy="make the folder writable, or set --cache_dir to another one"))
+    return Listing(found.root, columns.names, columns.captions, columns.sizes, columns.name_hash, columns.stamps,
+                   columns.content, columns.weights, columns.masks), kept
 
 
-def _picture_names(subset: SubsetSpec, readable: frozenset[str], mistakes: _Mistakes) -> list[str]:
+@contextmanager
+def _locked(kept: Kept | None) -> Iterator[str | None]:
+    """Holds the lock of an index and gives None, or says why nothing can be written there."""
+    if kept is None:
+        yield None
+        return
+    lock = FileLock(kept.lock_path, lambda: log.info("waiting for another run that looks at the pictures of %s", kept.folder))
     try:
-        with os.scandir(subset.image_dir) as entries:
-            # Names that start with a dot are caches and the resource forks that macOS scatters over foreign disks.
-            found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+        kept.folder.mkdir(parents=True, exist_ok=True)
+        obstacle = None if lock.acquire(LOCK_SECONDS) else "another run has had it locked for a quarter of an hour"
     except OSError as error:
-        mistakes.add("folders that cannot be read", UserError(f"cannot read {subset.image_dir}: {error.strerror or error}",
-                                                              place=subset.place, remedy="change its permissions"))
-        return []
-    files = sorted(name for name, is_folder in found if not is_folder)
-    unreadable = [name for name in files if Path(name).suffix.lower() in set(SUFFIXES) - readable]
-    if unreadable:
-        log.warning("%s: %d pictures left out because this Pillow cannot read their format, the first is %s",
-                    subset.place, len(unreadable), unreadable[0])
-    names = [name for name in files if Path(name).suffix.lower() in readable]
-    if not names:
-        remedy = f"put {', '.join(sorted(readable))} files there or correct image_dir"
-        if any(is_folder for _, is_folder in found):
-            remedy = "folders inside it are not searched: give each one its own [[datasets.subsets]]"
-        mistakes.add("folders without pictures",
-                     UserError(f"no pictures in {subset.image_dir}", place=subset.place, remedy=remedy))
-    return names
-
-
-def find_caption(picture: Path, subset: SubsetSpec) -> tuple[str, bool]:
-    """(the caption, False if more lines than the used one hold text): the first line with text of the caption file
-    beside the picture, else ``class_tokens``.
-
-    Raises UserError without either, and for a file that is empty or not UTF-8 (a byte order mark is accepted).
-    """
-    for suffix in subset.caption_suffixes:
-        path = picture.with_name(picture.stem + suffix)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise UserError(f"the caption cannot be read: {error.strerror or error}", place=str(path),
-                            remedy="change its permissions") from None
-        lines = [line.strip() for line in _decode(data, path).splitlines() if line.strip()]
-        if not lines:
-            raise UserError("the caption file is empty", place=str(path),
-                            remedy="write a caption into it, or remove it and set class_tokens for the subset")
-        return lines[0], len(lines) == 1
-    if subset.class_tokens is not None:
-        return subset.class_tokens, True
-    looked = " or ".join(picture.stem + suffix for suffix in subset.caption_suffixes)
-    raise UserError(f"the picture has no caption ({looked} beside it) and its subset no class_tokens", place=str(picture),
-                    remedy=f"write one, or set class_tokens at {subset.place}")
-
-
-def _decode(data: bytes, path: Path) -> str:
-    remedy = f"save it again as UTF-8, for instance: iconv -f {{}} -t UTF-8 '{path.name}' > new.txt"
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data:
-        raise UserError("the caption is UTF-16, not UTF-8", place=str(path), remedy=remedy.format("UTF-16"))
+        obstacle = error.strerror or str(error)
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"the caption is not UTF-8 (byte 0x{data[error.start]:02x})", place=f"{path}:{line}",
-                        remedy=remedy.format("WINDOWS-1252")) from None
+        yield obstacle
+    finally:
+        lock.release()
+
+
+def _is_listed(subset: SubsetSpec) -> bool:
+    return subset.metadata_file is not None or subset.source is not None
+
+
+def _root(subset: SubsetSpec) -> Path:
+    """What the names of a subset's pictures count from."""
+    if subset.image_dir is not None:
+        return subset.image_dir
+    return Path() if subset.metadata_file is None else subset.metadata_file.parent
+
+
+def _where(subset: SubsetSpec, folder: Path | None) -> str:
+    """Stands for the folder of the pictures in the name of an index. An index inside that folder moves with it."""
+    root = _root(subset).absolute()
+    return _short_hash("." if folder is not None and folder.absolute().parent == root else str(root))
+
+
+def _how(subset: SubsetSpec) -> str:
+    """Stands for the settings that decide which pictures a subset has and what their captions are."""
+    joins = _is_listed(subset) or any(suffix.lower().endswith(".json") for suffix in subset.caption_suffixes)
+    files = [None if path is None else str(path.absolute()) for path in (subset.metadata_file, subset.mask_dir)]
+    return _short_hash([subset.source, *files, subset.recursive, subset.caption_suffixes, subset.class_tokens,
+                        subset.captions.separator if joins else None])
+
+
+def _short_hash(value: object) -> str:
+    return blake2b(json.dumps(value).encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+
+
+def _more_lines(listing: Listing, subset: SubsetSpec) -> list[Problem]:
+    """One problem for all captions of several lines, where nothing draws one of the lines."""
+    if subset.captions.wildcard:
+        return []
+    rows = _rows_with_newlines(listing.captions)
+    if not len(rows):
+        return []
+    first = listing.root / listing.names[int(rows[0])]
+    return [Problem(problems.MORE_LINES, first, UserError(
+        f"{len(rows)} captions have several lines, of which only the first is used, as in the dialect; one is that of {first}",
+        place=subset.place, remedy="enable_wildcard = true draws one of the lines at each showing"), len(rows))]
+
+
+def _rows_with_newlines(texts: Strings, piece: int = 1 << 24) -> numpy.ndarray:
+    found = [numpy.flatnonzero(texts.blob[start:start + piece] == ord("\n")) + start
+             for start in range(0, len(texts.blob), piece)]
+    places = numpy.concatenate([numpy.empty(0, dtype=numpy.int64), *found])
+    return numpy.unique(numpy.searchsorted(texts.offsets, places, side="right") - 1)
+
+
+def _items(specs: tuple[DatasetSpec, ...], listings: tuple[Listing, ...]) -> Items:
+    """The readable rows of all listings, with their buckets."""
+    columns: dict[str, list[numpy.ndarray]] = {"listing": [], "row": [], "repeats": [], "group": []}
+    groups: list[tuple[int, Size]] = []
+    number = 0
+    for dataset, spec in enumerate(specs):
+        sizes = []
+        for subset in spec.subsets:
+            rows = numpy.flatnonzero(listings[number].sizes[:, 0] > 0).astype(numpy.int32)
+            sizes.append(listings[number].sizes[rows])
+            columns["listing"].append(numpy.full(len(rows), number, dtype=numpy.uint16))
+            columns["row"].append(rows)
+            columns["repeats"].append(numpy.full(len(rows), subset.num_repeats, dtype=numpy.int32))
+            number += 1
+        index, buckets = assign(numpy.concatenate(sizes), spec.rule)
+        columns["group"].append(index + numpy.int32(len(groups)))
+        groups += [(dataset, bucket) for bucket in buckets]
+    return Items(specs, listings, **{name: numpy.concatenate(parts) for name, parts in columns.items()}, groups=tuple(groups))

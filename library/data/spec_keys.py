@@ -1,114 +1,171 @@
-"""The vocabulary of the dataset file: which key may stand where, what it holds, and which ones are not built yet."""
+"""The vocabulary of the dataset file: which key may stand where, what it holds, and which flag stands in for it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from library.errors import UserError
+from library.config.values import read_range, read_size, read_suffixes
+from library.data.augment import INTERPOLATIONS
+from library.errors import nearest
 
-EVERYWHERE = ("general", "datasets", "subsets")
+GENERAL, DATASET, SUBSET = "general", "datasets", "subsets"
+SECTIONS = {GENERAL: "[general]", DATASET: "[[datasets]]", SUBSET: "[[datasets.subsets]]"}
+MAX_REPEATS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Key:
-    """``option``: the attribute of the command line's dataset section that supplies the value when the file does not."""
+    """``read`` turns a value of the file, or of the flag ``option``, into what is used, or raises ValueError(what it should
+    be[, remedy])."""
 
     name: str
     sections: tuple[str, ...]
-    check: Callable[[Any], str | None]  # -> what it should be, or None when it is fine
+    read: Callable[[Any], Any]
     option: str | None = None
 
 
-def _at_least_one(value: Any) -> str | None:
-    return None if type(value) is int and value >= 1 else "a whole number of at least 1"
+def _whole(low: int, high: int = 2**31 - 1) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:
+            limit = f"at least {low}" if type(value) is not int or value < low else f"at most {high}"
+            raise ValueError(f"a whole number of {limit}")
+        return value
+    return read
 
 
-def _switch(value: Any) -> str | None:
-    return None if type(value) is bool else "true or false"
+def _number(low: float, high: float = math.inf, above: bool = False, below: bool = False) -> Callable[[Any], float]:
+    """``above`` and ``below``: the limit itself is not allowed."""
+    least = f"above {low:g}" if above else f"of at least {low:g}"
+    most = "" if high == math.inf else f" and below {high:g}" if below else f" and at most {high:g}"
+    words = f"a number {least}{most}"
+
+    def read(value: Any) -> float:
+        fits = type(value) in (int, float) and math.isfinite(value) and (low < value if above else low <= value)
+        if not fits or not (value < high if below else value <= high):
+            raise ValueError(words)
+        return float(value)
+    return read
 
 
-def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) and value.strip() else "a text in quotes"
+def _switch(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError("true or false", "write it without quotes" if str(value).lower() in ("true", "false") else "")
+    return value
 
 
-def _side_or_sides(value: Any) -> str | None:
-    sides = value if isinstance(value, list) and len(value) == 2 else [value]
-    return None if all(type(side) is int and side >= 1 for side in sides) else "a whole number or [width, height]"
+def _text(value: Any) -> str:
+    """A text that may not be empty: names of folders and files."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("a text in quotes")
+    return value
 
 
-def _suffix(value: Any) -> str | None:
-    fine = isinstance(value, str) and len(value) > 1 and value.startswith(".") and not set(value) & set("/\\")
-    return None if fine else 'a file name suffix such as ".txt"'
+def _path(value: Any) -> str:
+    found = set(_text(value)) & set("\t\n\r\b\f\0")
+    if found:  # "C:\new\train" in double quotes is C:, line break, ew, tab, rain
+        raise ValueError("a path: it holds a tab or a line break", "write Windows paths with / or between 'single quotes'")
+    return value
 
 
-KEYS = {key.name: key for key in (
-    Key("batch_size", ("general", "datasets"), _at_least_one, "train_batch_size"),
-    Key("resolution", ("general", "datasets"), _side_or_sides, "resolution"),
-    Key("enable_bucket", ("general", "datasets"), _switch, "enable_bucket"),
-    Key("min_bucket_reso", ("general", "datasets"), _at_least_one, "min_bucket_reso"),
-    Key("max_bucket_reso", ("general", "datasets"), _at_least_one, "max_bucket_reso"),
-    Key("bucket_reso_steps", ("general", "datasets"), _at_least_one, "bucket_reso_steps"),
-    Key("bucket_no_upscale", ("general", "datasets"), _switch, "bucket_no_upscale"),
-    Key("caption_extension", EVERYWHERE, _suffix, "caption_extension"),
-    Key("class_tokens", EVERYWHERE, _text),
-    Key("num_repeats", EVERYWHERE, _at_least_one, "dataset_repeats"),
-    Key("image_dir", ("subsets",), _text),
+def _separator(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text in quotes, such as \",\"")
+    return value
+
+
+def _words(value: Any) -> str:
+    """A text that is switched off by leaving it empty."""
+    if not isinstance(value, str):
+        raise ValueError("a text in quotes", f'write "{value}"' if type(value) in (int, float) else "")
+    return value
+
+
+def _size(value: Any) -> tuple[int, int]:
+    sides = [int(side) for side in read_size(value).split(",")]
+    return sides[0], sides[-1]
+
+
+def _suffixes(value: Any) -> tuple[str, ...]:
+    return tuple(read_suffixes(value).split(","))
+
+
+def _range(value: Any) -> tuple[float, float]:
+    low, high = read_range(value).split(",")
+    return float(low), float(high)
+
+
+def _interpolation(value: Any) -> str:
+    if value not in INTERPOLATIONS:
+        raise ValueError(f"one of {', '.join(INTERPOLATIONS)}", nearest(value, INTERPOLATIONS) if isinstance(value, str) else "")
+    return value
+
+
+_SHARED, _ANYWHERE, _OWN = (GENERAL, DATASET), (GENERAL, DATASET, SUBSET), (SUBSET,)
+
+KEYS: dict[str, Key] = {key.name: key for key in (
+    Key("resolution", _SHARED, _size, "resolution"),
+    Key("batch_size", _SHARED, _whole(1), "train_batch_size"),
+    Key("enable_bucket", _SHARED, _switch, "enable_bucket"),
+    Key("min_bucket_reso", _SHARED, _whole(1), "min_bucket_reso"),
+    Key("max_bucket_reso", _SHARED, _whole(1), "max_bucket_reso"),
+    Key("bucket_reso_steps", _SHARED, _whole(1), "bucket_reso_steps"),
+    Key("bucket_no_upscale", _SHARED, _switch, "bucket_no_upscale"),
+    Key("skip_image_resolution", _SHARED, _size, "skip_image_resolution"),
+    Key("validation_split", _SHARED, _number(0, 1, below=True), "validation_split"),
+    Key("validation_seed", _SHARED, _whole(0, 2**32 - 1), "validation_seed"),
+    Key("prior_loss_weight", (GENERAL,), _number(0), "prior_loss_weight"),
+    Key("image_dir", _OWN, _path),
+    Key("metadata_file", _OWN, _path),
+    Key("conditioning_data_dir", _OWN, _path, "conditioning_data_dir"),
+    Key("is_reg", _OWN, _switch),
+    Key("recursive", _ANYWHERE, _switch, "recursive"),
+    Key("num_repeats", _ANYWHERE, _whole(1, MAX_REPEATS), "dataset_repeats"),
+    Key("loss_weight", _ANYWHERE, _number(0, above=True)),
+    Key("class_tokens", _ANYWHERE, _words),
+    Key("caption_extension", _ANYWHERE, _suffixes, "caption_extension"),
+    Key("cache_info", _ANYWHERE, _switch, "cache_info"),
+    Key("alpha_mask", _ANYWHERE, _switch, "alpha_mask"),
+    Key("resize_interpolation", _ANYWHERE, _interpolation, "resize_interpolation"),
+    Key("flip_aug", _ANYWHERE, _switch, "flip_aug"),
+    Key("color_aug", _ANYWHERE, _switch, "color_aug"),
+    Key("random_crop", _ANYWHERE, _switch, "random_crop"),
+    Key("face_crop_aug_range", _ANYWHERE, _range, "face_crop_aug_range"),
+    Key("caption_prefix", _ANYWHERE, _words, "caption_prefix"),
+    Key("caption_suffix", _ANYWHERE, _words, "caption_suffix"),
+    Key("caption_separator", _ANYWHERE, _separator, "caption_separator"),
+    Key("keep_tokens", _ANYWHERE, _whole(0), "keep_tokens"),
+    Key("keep_tokens_separator", _ANYWHERE, _words, "keep_tokens_separator"),
+    Key("secondary_separator", _ANYWHERE, _words, "secondary_separator"),
+    Key("enable_wildcard", _ANYWHERE, _switch, "enable_wildcard"),
+    Key("shuffle_caption", _ANYWHERE, _switch, "shuffle_caption"),
+    Key("caption_dropout_rate", _ANYWHERE, _number(0, 1), "caption_dropout_rate"),
+    Key("caption_dropout_every_n_epochs", _ANYWHERE, _whole(0), "caption_dropout_every_n_epochs"),
+    Key("caption_tag_dropout_rate", _ANYWHERE, _number(0, 1), "caption_tag_dropout_rate"),
+    Key("token_warmup_min", _ANYWHERE, _whole(0), "token_warmup_min"),
+    Key("token_warmup_step", _ANYWHERE, _number(0), "token_warmup_step"),
 )}
 
+# Keys of the dialect that nothing reads, there or here: accepted, and named once
+LEFTOVERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "network_multiplier": (_SHARED, "no script reads it"),
+    "custom_attributes": (_ANYWHERE, "its one use belongs to another kind of training"),
+}
 
-@dataclass(frozen=True)
-class Unbuilt:
-    """A key of the dialect without effect here. Values in ``off`` ask for nothing and pass; with ``inert`` every value
-    does, because the key only tunes something that is off or already done otherwise."""
-
-    off: tuple[Any, ...] = ()
-    inert: str = ""
-    instead: str = ""
-
-
-_CAPTION_FILES = "write the captions as you want them into the caption files"
-UNBUILT = {
-    "is_reg": Unbuilt((False,)),
-    "metadata_file": Unbuilt(instead="put each caption beside its picture, as name.txt"),
-    "conditioning_data_dir": Unbuilt(),
-    "alpha_mask": Unbuilt((False,), instead="transparent pixels are laid on white"),
-    "cache_info": Unbuilt(inert="picture sizes are read from the headers at every start"),
-    "network_multiplier": Unbuilt(inert="nothing reads it"),
-    "validation_split": Unbuilt((0,)),
-    "validation_seed": Unbuilt(inert="there is no validation split"),
-    "resize_interpolation": Unbuilt(instead="pictures are shrunk by area and enlarged with Lanczos"),
-    "shuffle_caption": Unbuilt((False,), instead=_CAPTION_FILES),
-    "enable_wildcard": Unbuilt((False,), instead=_CAPTION_FILES),
-    "keep_tokens": Unbuilt(inert="captions are not shuffled"),
-    "caption_separator": Unbuilt(inert="captions are not shuffled"),
-    "keep_tokens_separator": Unbuilt(("",), instead=_CAPTION_FILES),
-    "secondary_separator": Unbuilt(("",), instead=_CAPTION_FILES),
-    "caption_prefix": Unbuilt(("",), instead=_CAPTION_FILES),
-    "caption_suffix": Unbuilt(("",), instead=_CAPTION_FILES),
-    "color_aug": Unbuilt((False,)),
-    "flip_aug": Unbuilt((False,)),
-    "random_crop": Unbuilt((False,), instead="pictures are cropped at the centre"),
-    "face_crop_aug_range": Unbuilt(),
-    "token_warmup_min": Unbuilt(inert="there is no token warm-up"),
-    "token_warmup_step": Unbuilt((0,)),
-    "caption_dropout_rate": Unbuilt((0,)),
-    "caption_dropout_every_n_epochs": Unbuilt((0,)),
-    "caption_tag_dropout_rate": Unbuilt((0,)),
-    "custom_attributes": Unbuilt(({},)),
-    "debug_dataset": Unbuilt((False,)),
-    "prior_loss_weight": Unbuilt((1,)),
-    "max_token_length": Unbuilt(instead="the length of the text is an option of the command line"),
+# Keys of [general] that are settings of the run: (values that ask for nothing, what to do)
+ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "debug_dataset": ((False,), "remove it and give --debug_dataset on the command line"),
+    "max_token_length": ((), "remove it; how much text is read is an option of the command line (see --help)"),
 }
 
 
-def check_unbuilt(name: str, value: Any, place: str) -> UserError | str:
-    """The refusal of a key that is not built yet, or the note that it changes nothing."""
-    key = UNBUILT[name]
-    if key.inert:
-        return f"{place}: without effect here: {key.inert}"
-    if any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in key.off):
-        return ""
-    return UserError("this key is not built yet", place=place,
-                     remedy=f"remove it; {key.instead}" if key.instead else "remove it")
+def problem(key: Key, value: Any) -> tuple[str, str] | None:
+    """What ``value`` should be and how to write it, or None when it is fine."""
+    try:
+        key.read(value)
+    except ValueError as error:
+        expected, remedy = (*error.args, "")[:2]
+        return expected, remedy or f"give {expected}"
+    return None

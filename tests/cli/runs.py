@@ -111,11 +111,12 @@ def rows(folder: Path, name: str = "last") -> list[dict[str, float]]:
     if not path.exists():
         return []
     whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(whole.splitlines())]
+    return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole.splitlines())]
 
 
 def column(folder: Path, key: str, name: str = "last") -> list[float]:
-    return [row[key] for row in rows(folder, name)]
+    """The values of a column; steps without one are left out."""
+    return [row[key] for row in rows(folder, name) if key in row]
 
 
 def checkpoints(folder: Path) -> list[str]:

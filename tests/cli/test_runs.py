@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.cli.conftest import with_flag
-from tests.cli.runs import checkpoints, column, header, launch, launcher, run_all, running
-from tests.cli.test_stopping import PLAIN
+from tests.cli.runs import checkpoints, column, header, launch, launcher, run_all
 from tests.contract.conftest import dataset_file, losses, make_pictures
 from tests.tiny import make_flux_files
 
@@ -158,43 +156,3 @@ def test_optimizers_and_schedules(base, tmp_path):
         assert sum(course[-4:]) < sum(course[:4]), (name, course)
     assert header(tmp_path / "out" / "adamw8bit.safetensors")[1] == {"BF16"}
     assert column(tmp_path / "out", "epoch", "adafactor") == list(range(1, 11))  # two micro-batches are a step and an epoch
-
-
-def test_disk_caches_encode_what_changed_and_nothing_else(base, pictures, tmp_path):
-    mine = Path(shutil.copytree(pictures, tmp_path / "pictures"))
-    base = [*with_flag(base, "dataset_config", dataset_file(tmp_path / "mine.toml", mine)), *SHORT]
-    cached = [*base, "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
-
-    def encoded(done) -> list[str]:
-        worked(done)
-        return [line.split("encoded ")[1].split(",")[0] for line in done.stderr.splitlines() if "encoded " in line]
-
-    first, second = run_all(cached, with_flag(cached, "output_name", "second"))
-    assert encoded(first) == ["latents 4/4", "text outputs 4/4"]
-    assert encoded(second) == [] and losses(tmp_path / "out", "second") == losses(tmp_path / "out")
-
-    (mine / "picture2.txt").write_text("words that were not there before", encoding="utf-8")
-    Image.new("RGB", (96, 96), "orange").save(mine / "picture0.png")
-    broken = Path(shutil.copytree(mine / ".kiln_cache", tmp_path / "broken"))
-    for path in broken.rglob("*.safetensors"):
-        path.write_bytes(path.read_bytes()[:-7] + b"garbage")
-    unedited = with_flag(cached, "dataset_config", dataset_file(tmp_path / "unedited.toml", pictures))
-    third, fourth = run_all(with_flag(cached, "output_name", "third"),
-                            [*with_flag(unedited, "output_name", "fourth"), "--cache_dir", broken])
-    assert encoded(third) == ["latents 1/1", "text outputs 1/1"]
-    assert len(list((mine / ".kiln_cache").rglob("*.safetensors"))) == 10
-    assert encoded(fourth) == ["latents 4/4", "text outputs 4/4"] and fourth.stderr.count("is damaged") == 8
-    assert losses(tmp_path / "out", "fourth") == losses(tmp_path / "out")
-    assert losses(tmp_path / "out", "third") != losses(tmp_path / "out")
-
-
-def test_two_runs_at_once_share_a_disk_cache(base, pictures, tmp_path):
-    mine = Path(shutil.copytree(pictures, tmp_path / "pictures"))
-    base = [*with_flag(base, "dataset_config", dataset_file(tmp_path / "mine.toml", mine)), *SHORT, "--cache_latents_to_disk",
-            "--cache_text_encoder_outputs_to_disk"]
-    with running([*PLAIN, *with_flag(base, "output_name", "a")], tmp_path / "a.log") as one, \
-            running([*PLAIN, *with_flag(base, "output_name", "b")], tmp_path / "b.log") as two:
-        assert (one.end(), two.end()) == (0, 0), one.text + two.text
-    assert checkpoints(tmp_path / "out") == ["a.safetensors", "b.safetensors"]
-    assert losses(tmp_path / "out", "a") == losses(tmp_path / "out", "b")
-    assert len(list((mine / ".kiln_cache").rglob("*.safetensors"))) == 8

@@ -57,6 +57,22 @@ def lines(*argv):
     ("--weighting_scheme cosmap", "--weighting_scheme: cosmap is a weight of the loss"),
     ("--min_bucket_reso 512 --max_bucket_reso 256", "--min_bucket_reso: 512 is larger than max_bucket_reso 256"),
     ("--cache_dir c --cache_latents", "--cache_dir: nothing is cached on disk"),
+    ("--skip_cache_check --cache_check full", "--skip_cache_check: contradicts --cache_check full"),
+    ("--dataset_config= --in_json folder", "--in_json: folder is a folder, not a file"),
+    ("--dataset_config= --in_json prompt.txt", "--in_json: no such file or folder: prompt.txt; did you mean 'prompts.txt'?"),
+    ("--dataset_config= --train_data_dir data.toml", "--train_data_dir: data.toml is a file, not a folder"),
+    ("--dataset_config= --train_data_dir foldr", "--train_data_dir: no such file or folder: foldr; did you mean 'folder'?"),
+    ("--dataset_config= --train_data_dir folder --reg_data_dir none", "--reg_data_dir: no such file or folder: none"),
+    ("--dataset_config= --in_json data.toml --reg_data_dir folder", "--reg_data_dir: has no effect beside --in_json"),
+    ("--dataset_class a.b.C", "--dataset_class: describes all pictures, and so does --dataset_config"),
+    ("--dataset_config= --dataset_class a.b.C --conditioning_data_dir folder --masked_loss",
+     "--dataset_class: describes all pictures, and so does --conditioning_data_dir"),
+    ("--alpha_mask --masked_loss --conditioning_data_dir folder", "--alpha_mask: masks come from transparency or from pictures"),
+    ("--conditioning_data_dir folder", "--conditioning_data_dir: mask pictures are not used without --masked_loss"),
+    ("--masked_loss --conditioning_data_dir nowhere", "--conditioning_data_dir: no such file or folder"),
+    ("--caption_extension .txt --caption_extention .cap", "--caption_extention: contradicts --caption_extension"),
+    ("--dataset_config= --train_data_dir folder --validate_every_n_steps 5",
+     "--validate_every_n_steps: there is nothing to validate on; add --validation_split 0.1"),
     ("--save_model_as ckpt", "--save_model_as: ckpt files can run code"),
     ("--save_model_as diffusers", "--save_model_as: not built yet: diffusers"),
     ("--save_last_n_steps 5", "--save_last_n_steps: there is nothing to keep without --save_every_n_steps"),
@@ -83,7 +99,12 @@ def test_conflict(argv, expected):
     "--model_prediction_type sigma_scaled --weighting_scheme sigma_sqrt", "--min_timestep 0 --max_timestep 1",
     "--save_every_n_steps 5 --save_last_n_steps 10", "--save_n_epoch_ratio 4 --save_last_n_epochs 2",
     "--sample_prompts prompts.txt --sample_every_n_steps 5", "--logging_dir logs",
-    "--cache_dir c --cache_latents_to_disk", "--sample_every_n_steps 0", "--optimizer_args betas=(0.9,0.99) weight_decay=1e-2",
+    "--cache_dir c --cache_latents_to_disk", "--cache_dir c --cache_info", "--skip_cache_check", "--cache_check full",
+    "--dataset_config= --train_data_dir folder --reg_data_dir folder", "--dataset_config= --dataset_class a.b.C",
+    "--dataset_config= --in_json data.toml --train_data_dir folder", "--train_data_dir nowhere", "--validate_every_n_steps 5",
+    "--dataset_config= --train_data_dir folder --validate_every_n_epochs 5 --validation_split 0.1", "--caption_extention .cap",
+    "--masked_loss --conditioning_data_dir folder", "--alpha_mask",
+    "--sample_every_n_steps 0", "--optimizer_args betas=(0.9,0.99) weight_decay=1e-2",
 ])
 def test_no_conflict(argv):
     assert lines(*argv.split()) == ()
@@ -101,7 +122,7 @@ def test_nothing_given():
     with pytest.raises(UserError) as caught:
         check(parse(ENTRY, [], {}))
     assert [line.split(":")[0] for line in caught.value.problems] == [
-        "--pretrained_model_name_or_path", "--dataset_config", "--output_dir"]
+        "--pretrained_model_name_or_path", "--output_dir", "--dataset_config"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders have no such permission there")
@@ -123,6 +144,18 @@ def test_a_saved_configuration_has_no_conflicts(argv):
     config = parse(ENTRY, [*REQUIRED, *argv.split()], {})
     Path("saved.toml").write_text(to_toml(config))
     assert problems(parse(ENTRY, ["--config_file", "saved.toml"], {})) == []
+
+
+def test_no_description_of_the_data():
+    found = lines("--dataset_config=", "--reg_data_dir", "folder")
+    assert found == ("--dataset_config: is required; add --dataset_config FILE, or --train_data_dir DIR",
+                     "--reg_data_dir: there are no pictures to learn; add --train_data_dir DIR")
+
+
+def test_remarks_about_old_names():
+    notes = parse(ENTRY, [*REQUIRED, "--caption_extention", ".cap", "--skip_latents_validity_check"], {}).notes
+    assert notes == ("--caption_extention is taken for --caption_extension",
+                     "cached files are trusted without a look at the pictures, as --cache_check none does")
 
 
 def test_remarks():

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from flux_train import ENTRY
-from library.config.schema import CachingOptions, DatasetOptions, FlowOptions, LoggingOptions, PrecisionOptions, SavingOptions
-from library.config.values import read_size, read_warmup, show, toml_text
+from library.config.data_options import INTERPOLATIONS, CachingOptions, DatasetOptions
+from library.config.schema import FlowOptions, LoggingOptions, PrecisionOptions, SavingOptions
+from library.config.values import read_class_name, read_range, read_size, read_suffixes, read_warmup, show, toml_text
 from tools import migrating_page, options_page
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,12 @@ def test_derived_values():
     assert DatasetOptions(resolution="512").size == (512, 512) and DatasetOptions().size is None
     assert DatasetOptions().workers(latents_cached=True) == 0
     assert DatasetOptions(max_data_loader_n_workers=1).workers(latents_cached=False) == 1
+    assert [CachingOptions(**one).check for one in ({}, {"cache_check": "full"}, {"skip_cache_check": True},
+                                                    {"skip_latents_validity_check": True})] == ["fast", "full", "none", "none"]
+    text = {"cache_text_encoder_outputs": True}
+    assert [CachingOptions(**one).variants for one in ({}, text, {**text, "text_cache_variants": 4},
+                                                       {"text_cache_variants": 4})] == [None, 1, 4, None]
+    assert CachingOptions(cache_text_encoder_outputs_to_disk=True).on_disk and not CachingOptions(cache_latents=True).on_disk
     assert LoggingOptions().trackers == () and LoggingOptions(logging_dir=Path("x")).trackers == ("tensorboard",)
     assert LoggingOptions(log_with="all").trackers == ("tensorboard", "wandb")
     assert [SavingOptions(save_precision=one).stored_dtype("bf16") for one in (None, "float", "fp16")] == ["bf16", "fp32", "fp16"]
@@ -65,6 +72,36 @@ def test_sizes():
     for wrong in (0, -1, "", "a", "1,2,3", [1, 2.5], True, [True, 1], 1.5):
         with pytest.raises(ValueError):
             read_size(wrong)
+
+
+def test_ranges():
+    assert [read_range(one) for one in ("2,4", "2.0, 4.5", [1, 3], "0.5,0.5")] == ["2,4", "2,4.5", "1,3", "0.5,0.5"]
+    for wrong in ("4,2", "0,1", "-1,2", "2", "1,2,3", "a,b", [1], [True, 2], 3, "nan,2", "1,inf", ["1", None]):
+        with pytest.raises(ValueError):
+            read_range(wrong)
+
+
+def test_suffixes():
+    assert [read_suffixes(one) for one in (".txt", ".txt, .caption", [".json", "_tags.txt"])] == [".txt", ".txt,.caption",
+                                                                                                  ".json,_tags.txt"]
+    for wrong in ("txt", ".", "txt.", "", ".txt,", ".txt,.txt", "/a.txt", "*.txt", [".txt", 3], 3):
+        with pytest.raises(ValueError):
+            read_suffixes(wrong)
+    with pytest.raises(ValueError) as caught:
+        read_suffixes("txt")
+    assert caught.value.args[1] == "write .txt"
+
+
+def test_class_names():
+    assert read_class_name("my_data.sets.Birds") == "my_data.sets.Birds"
+    for wrong in ("Birds", "a..B", "a.b-c", "a/b.py", 3, "", "a.b.C()"):
+        with pytest.raises(ValueError):
+            read_class_name(wrong)
+
+
+def test_names_of_interpolations_are_those_that_images_know():
+    from library.data import augment
+    assert INTERPOLATIONS == augment.INTERPOLATIONS
 
 
 def test_values_in_words():

@@ -1,12 +1,15 @@
-"""Bucketing as properties over many sizes, and the epoch plan."""
+"""Bucketing as properties over many sizes; the columns agree with the rule for one picture."""
 
 import math
 import random
+from fractions import Fraction
 
+import numpy
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from library.data.bucket import Placement, Rule, bucket_sizes, plan_epoch, report
-from tests.unit.data_helpers import made_up_items
+from library.data.bucket import Placement, Rule, assign, bucket_sizes, resized
 
 RULES = [
     Rule((1024, 1024), True, 256, None, 64, False), Rule((512, 512), True, 256, 1024, 64, False),
@@ -85,45 +88,66 @@ def test_without_buckets_everything_has_the_resolution():
     assert rule.place((2000, 500)) == Placement((512, 256), (1024, 256), (256, 0))
 
 
-def test_report_counts_pictures():
-    lines = report(made_up_items([(64, 64), (70, 70), (128, 64)], repeats=3))
-    assert len(lines) == 2 and any("64x64: 2 pictures, 6 with repeats" in line for line in lines)
+SIDES = st.integers(1, 9000)
 
 
-SIZES = [(64, 64)] * 7 + [(100, 50)] * 5 + [(50, 100)] * 3
+@st.composite
+def rules(draw):
+    """Rules that leave a bucket; sides in steps, so that small numbers give odd cases."""
+    step = draw(st.sampled_from([8, 16, 48, 64]))
+    resolution = (step * draw(st.integers(1, 20)), step * draw(st.integers(1, 20)))
+    minimum = draw(st.integers(1, min(resolution)))
+    rule = Rule(resolution, draw(st.sampled_from([True, True, True, False])), minimum,
+                draw(st.none() | st.integers(minimum, 24 * step)), step, draw(st.booleans()))
+    assume(rule.no_upscale or bucket_sizes(resolution, minimum, rule.maximum, step))
+    return rule
 
 
-def test_epoch_loses_nothing_and_repeats_nothing():
-    items = made_up_items(SIZES, repeats=lambda index: 1 + index % 3) + made_up_items([(80, 80)] * 5, dataset=1)
-    for epoch in range(3):
-        batches = plan_epoch(items, (4, 2), seed=1, epoch=epoch)
-        shown = [(each.item, each.repeat) for batch in batches for each in batch]
-        assert sorted(shown) == [(index, repeat) for index, item in enumerate(items) for repeat in range(item.repeats)]
-        for batch in batches:
-            assert len({(items[each.item].dataset, items[each.item].placement.bucket) for each in batch}) == 1
-            assert 1 <= len(batch) <= (4, 2)[items[batch[0].item].dataset]
-            assert all(each.sample_id == f"{items[each.item].sample_id}#{each.repeat}" for each in batch)
-        # only the last batch of each of the 4 groups may be short: ceil over the groups
-        sizes = {}
-        for item in items:
-            key = (item.dataset, item.placement.bucket)
-            sizes[key] = sizes.get(key, 0) + item.repeats
-        assert len(batches) == sum(-(-count // (4, 2)[key[0]]) for key, count in sizes.items())
+@st.composite
+def sizes_for(draw, rule):
+    """Any sizes, squares, and sizes on the border between two buckets: what is closest in shape to both."""
+    sizes = draw(st.lists(st.tuples(SIDES, SIDES), max_size=20)) + [(side, side) for side in draw(st.lists(SIDES, max_size=3))]
+    if not rule.no_upscale:
+        buckets = bucket_sizes(rule.resolution, rule.minimum, rule.maximum, rule.step)
+        for one, other in draw(st.lists(st.tuples(st.sampled_from(buckets), st.sampled_from(buckets)), max_size=10)):
+            scale = draw(st.integers(1, 5))
+            product = one[0] * other[0], one[1] * other[1]  # the square root of its shape lies between the two
+            sizes += [one, (one[0] * scale, one[1] * scale), (math.isqrt(product[0]), math.isqrt(product[1]))]
+    return numpy.array(sizes, dtype=numpy.int32).reshape(-1, 2)
 
 
-def test_order_depends_on_seed_and_epoch_only():
-    items = made_up_items([(64, 64)] * 40)
-    plan = plan_epoch(items, (4,), 1, 0)
-    random.seed(3)
-    assert plan_epoch(items, (4,), 1, 0) == plan
-    assert plan_epoch(items, (4,), 1, 1) != plan and plan_epoch(items, (4,), 2, 0) != plan
+def check_columns(sizes, rule):
+    index, buckets = assign(sizes, rule)
+    assert index.dtype == numpy.int32 and list(buckets) == sorted(set(buckets))
+    assert set(index.tolist()) == set(range(len(buckets)))  # none that no picture uses
+    chosen = numpy.array(buckets, dtype=numpy.int64).reshape(-1, 2)[index]
+    scaled = resized(sizes, chosen, rule)
+    for size, bucket, whole in zip(sizes.tolist(), chosen.tolist(), scaled.tolist(), strict=True):
+        crop = ((whole[0] - bucket[0]) // 2, (whole[1] - bucket[1]) // 2)
+        assert Placement(tuple(bucket), tuple(whole), crop) == rule.place(tuple(size)), size
 
 
-def test_order_is_shuffled_evenly():
-    """Each of 8 pictures takes each place about equally often: 800 epochs, 100 expected, standard deviation 9.4."""
-    items = made_up_items([(64, 64)] * 8)
-    counts = [[0] * 8 for _ in range(8)]
-    for epoch in range(800):
-        for place, batch in enumerate(plan_epoch(items, (1,), 5, epoch)):
-            counts[batch[0].item][place] += 1
-    assert all(55 < count < 145 for row in counts for count in row)
+@given(st.data(), rules())
+@settings(max_examples=150)
+def test_columns_agree_with_single_pictures(data, rule):
+    check_columns(data.draw(sizes_for(rule)), rule)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_columns_agree_over_the_borders_of_chunks(rule, monkeypatch):
+    monkeypatch.setattr("library.data.bucket.CHUNK", 100)
+    check_columns(numpy.array(many_sizes(), dtype=numpy.int32), rule)
+
+
+def test_ties_are_decided_as_for_a_single_picture():
+    """1:6 is exactly as far from 32x128 as from 16x144: the larger of the two, for every picture of that shape."""
+    rule = Rule((64, 64), True, 16, None, 16, False)
+    sizes = numpy.array([(side, 6 * side)[::way] for side in range(1, 300) for way in (1, -1)], dtype=numpy.int32)
+    assert assign(sizes, rule)[1] == ((32, 128), (128, 32))
+    check_columns(sizes, rule)
+
+
+def test_buckets_have_different_shapes():
+    for rule in RULES:
+        sizes = bucket_sizes(rule.resolution, rule.minimum, rule.maximum, rule.step)
+        assert len({Fraction(*size) for size in sizes}) == len(sizes)

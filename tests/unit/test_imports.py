@@ -8,12 +8,12 @@ ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "library"
 # Layers from the bottom up. A module may import its own layer and those below it.
 LAYERS = [
-    ["errors", "atomic", "toml_lines", "config"],
+    ["errors", "atomic", "file_lock", "toml_lines", "config"],
     ["checkpoint", "log", "dist"],
     ["data", "memory", "optim", "objectives"],
     ["prompts", "contact_sheet", "plots", "interrupt", "architectures", "methods", "preview", "saving"],
     ["step"],
-    ["trackers", "encode", "loop", "outputs", "run"],
+    ["trackers", "encode", "loop", "validation", "outputs", "run"],
     ["app"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -26,6 +26,6 @@ def test_preset_is_valid(path, monkeypatch):
     assert not config.notes
     assert parse_prompts(config.sampling.sample_prompts, STEP, FluxOptions.preview).prompts
     try:
-        spec.load(config.dataset.dataset_config, config.dataset, STEP)
+        spec.load(config.dataset, config.caching, STEP, config.place)
     except Exception as error:  # the preset's pictures are the user's; all else must be right
         assert "no such folder" in str(error) and "pictures" in str(error), error

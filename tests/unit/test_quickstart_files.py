@@ -12,8 +12,9 @@ from library.architectures.flux_parts import open_parts
 from library.architectures.flux_text import load_tokenizer
 from library.checkpoint.hub import Hub
 from library.checkpoint.source import open_source
-from library.config.schema import DatasetOptions
+from library.config.data_options import CachingOptions, DatasetOptions
 from library.data import image, scan, spec
+from library.data.augment import plain_view
 from library.prompts import parse_prompts
 from tools import make_photos, make_toy_flux, toy_tokenizers
 
@@ -26,7 +27,11 @@ AE = QUICKSTART / "toy/ae.safetensors"
 def items():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        return scan.scan(spec.load(QUICKSTART / "dataset.toml", DatasetOptions(), 16))
+        return scan.scan(specs()).items
+
+
+def specs():
+    return spec.load(DatasetOptions(dataset_config=QUICKSTART / "dataset.toml"), CachingOptions(), 16)
 
 
 def test_every_photograph_is_captioned_credited_and_small(items):
@@ -46,7 +51,7 @@ def test_three_shapes_and_full_batches(items):
         assert item.placement.crop == (0, 0)  # nothing of a photograph is lost
         counts[item.placement.bucket] = counts.get(item.placement.bucket, 0) + item.repeats
     assert set(counts) == {(96, 160), (128, 128), (160, 96)}
-    batch, = {s.batch_size for s in spec.load(QUICKSTART / "dataset.toml", DatasetOptions(), 16)}
+    batch, = {s.batch_size for s in specs()}
     assert all(count % batch == 0 for count in counts.values())
 
 
@@ -63,7 +68,7 @@ def test_the_autoencoder_reconstructs_the_photographs(items):
     assert vae.config.norm_num_groups == 32
     latents, decibels = [], []
     for item in items:
-        pixels = image.load(item.path, item.placement)[None]
+        pixels = image.to_signal(image.load_view(item.path, plain_view(item), str(item.path))[0])[None]
         latent = encode_image(vae, pixels)
         decibels.append(-10 * (decode_image(vae, latent) - pixels).div(2).square().mean().log10().item())
         latents.append(latent.flatten(2)[0])

@@ -1,0 +1,273 @@
+"""What a user would want to know about the data before training on it. Facts come from columns, so a million pictures take a
+second or two; only files that look like duplicates of each other are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy
+
+from library.data import select
+from library.data.bucket import resized
+from library.data.items import Items
+from library.data.duplicates import duplicates
+from library.data.plan import StepPlan, group_facts
+from library.data.scan import Scan
+from library.data.select import Selection
+from library.data.tokens import TokenCount
+from library.errors import UserError
+
+TINY = 3.0  # a side enlarged so many times has more made-up pixels than real ones
+ENLARGED = 1.05  # from here on it is worth a word, and from the next on a warning
+ENLARGED_A_LOT = 1.5
+MUCH_CROPPED = 0.25  # of the picture's area
+EXAMPLES = 6
+QUOTED = 80  # letters of a caption
+LOG_BYTES = 2**28  # read at a normal start to tell duplicates from pictures of the same size
+
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One case of a finding in words; ``path`` is the picture, where there is one to show."""
+
+    text: str
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``error``: a run would not start. ``warning``: it would, and probably not as meant. ``note``: good to know."""
+
+    kind: str
+    severity: Severity
+    title: str
+    examples: tuple[Example, ...] = ()
+    remedy: str = ""
+
+
+def gather(scan: Scan, selection: Selection | None, plan: StepPlan | None,
+           tokens: Sequence[tuple[str, Sequence[TokenCount]]] = (), hash_bytes: int = LOG_BYTES) -> list[Finding]:
+    """All findings, the worst first. ``selection`` and ``plan`` are None when nothing is left to train on.
+
+    ``tokens``: (sample id, its counts) of the captions that were counted. At most ``hash_bytes`` of pictures are read.
+    """
+    found = _problems(scan)
+    if selection is not None:
+        items = selection.train
+        found += [*_sizes(items), *_cropped(items), *_lonely(items), *_dropped(scan.items, selection)]
+    found += [*_duplicates(scan.items, hash_bytes), *_too_long(tokens)]
+    if plan is not None:
+        found.append(_epoch(plan))
+    return worst_first(found)
+
+
+def worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    """Errors, then warnings, then notes; otherwise in the order given."""
+    return sorted(findings, key=lambda each: ("error", "warning", "note").index(each.severity))
+
+
+def brief(findings: Iterable[Finding]) -> list[str]:
+    """A line for each finding, with one example, for the log of a run."""
+    lines = []
+    for each in findings:
+        line = each.title
+        if each.examples and each.severity != "note":
+            line += f" (such as {each.examples[0].text})" if each.examples[0].text not in line else ""
+        lines.append(f"{line}; {each.remedy}" if each.remedy and each.severity != "note" else line)
+    return lines
+
+
+def from_errors(errors: Iterable[UserError]) -> list[Finding]:
+    """Mistakes that another part of the program told about."""
+    return [Finding("settings", "error", f"{each.place}: {each.message}" if each.place else each.message, (), each.remedy)
+            for each in errors]
+
+
+def _problems(scan: Scan) -> list[Finding]:
+    """One finding for each kind of problem that the scan met."""
+    kinds: dict[str, list] = {}
+    for problem in scan.problems:
+        kinds.setdefault(problem.kind, []).append(problem)
+    found = []
+    for kind, problems in kinds.items():
+        first, count = problems[0].error, sum(problem.count for problem in problems)
+        same_remedy = len({problem.error.remedy for problem in problems}) == 1
+        examples = tuple(Example(f"{problem.error.place}: {problem.error.message}" if problem.error.place else
+                                 problem.error.message) for problem in problems[:EXAMPLES])
+        found.append(Finding(kind, problems[0].severity, f"{kind}: {count}", examples, first.remedy if same_remedy else ""))
+    return found
+
+
+def _sizes(items: Items) -> list[Finding]:
+    """Pictures that are enlarged, and those of which hardly anything is left to see."""
+    scale = scales(items)
+    area = items.sizes.astype(numpy.float64).prod(axis=1)
+    wanted = numpy.array([spec.resolution[0] * spec.resolution[1] for spec in items.specs], dtype=numpy.float64)
+    tiny = (scale >= TINY) | (area * TINY**2 <= wanted[_dataset(items)])
+    grown = ~tiny & (scale > ENLARGED)
+    found = []
+    if tiny.any():
+        rows = _first(tiny, area)
+        found.append(Finding("tiny", "warning", f"{_pictures(tiny)} tiny for {'its' if tiny.sum() == 1 else 'their'} training size", tuple(
+            Example(f"{_name(items, row)} ({_size(items, row)})", items.path(row)) for row in rows),
+            "replace them, or leave them out with skip_image_resolution"))
+    if grown.any():
+        worst = float(scale[grown].max())
+        found.append(Finding(
+            "enlarged", "warning" if worst > ENLARGED_A_LOT else "note",
+            f"{_pictures(grown)} enlarged, by up to {worst:.1f} times", tuple(
+                Example(f"{_name(items, row)} ({_size(items, row)}, {scale[row]:.1f} times)", items.path(row))
+                for row in _first(grown, -scale)),
+            "bucket_no_upscale = true keeps their size, skip_image_resolution leaves small ones out"))
+    return found
+
+
+def _cropped(items: Items) -> list[Finding]:
+    lost = 1 - kept_shares(items)
+    much = lost > MUCH_CROPPED
+    if not much.any():
+        return []
+    one_shape = any(not items.specs[int(number)].enable_bucket for number in numpy.unique(_dataset(items)[much]))
+    remedy = ("enable_bucket = true gives each picture a bucket of its own shape" if one_shape else
+              "wider limits give them buckets of their shape: a smaller min_bucket_reso, a larger max_bucket_reso")
+    return [Finding("cropped", "warning", f"{_pictures(much, 'loses', 'lose')} more than {MUCH_CROPPED:.0%} of their area to the "
+                    "crop", tuple(Example(f"{_name(items, row)} ({_size(items, row)}, {lost[row]:.0%} cut away)", items.path(row))
+                                  for row in _first(much, -lost)), remedy)]
+
+
+def _lonely(items: Items) -> list[Finding]:
+    """Buckets that never fill a batch: their pictures are trained on in smaller batches."""
+    facts = group_facts(items, [spec.batch_size for spec in items.specs])
+    lonely = [each for each in facts if each.showings < each.batch_size]
+    if not lonely:
+        return []
+    showings = sum(each.showings for each in lonely)
+    return [Finding("lonely", "note", f"{len(lonely)} of {len(facts)} buckets do not fill a batch ({showings} showings in "
+                    "smaller batches each epoch)", tuple(
+                        Example(f"{each.bucket[0]}x{each.bucket[1]}: {each.showings} of {each.batch_size}")
+                        for each in sorted(lonely, key=lambda each: each.showings)[:EXAMPLES]),
+                    "a larger bucket_reso_steps makes fewer buckets; it is no harm when only a few pictures are affected")]
+
+
+def _dropped(items: Items, selection: Selection) -> list[Finding]:
+    """What the settings take out of the training; the selection's notes say how many and why."""
+    words = {select.SKIPPED: ("warning", "left out because of skip_image_resolution", "lower skip_image_resolution to keep them"),
+             select.HELD_OUT: ("note", "held out for validation", ""),
+             select.SURPLUS: ("warning", "regularisation pictures not used: there are more of them than training pictures shown",
+                              "show the training pictures more often (num_repeats), or accept it")}
+    found = []
+    for reason, rows in selection.dropped.items():
+        if len(rows):
+            severity, what, remedy = words[reason]
+            examples = tuple(Example(f"{_name(items, int(row))} ({_size(items, int(row))})", items.path(int(row)))
+                             for row in rows[:EXAMPLES])
+            count = f"{len(rows)} {what}" if reason == select.SURPLUS else f"{_count(len(rows))} {what}"
+            found.append(Finding(reason, severity, count, examples, remedy))
+    # Other notes of the selection: single pictures that cannot be split, folders that are validated on what they train.
+    rest = [note for note in selection.notes if "its only picture" in note or "differ in" in note]
+    return found + [Finding("validation_split", "warning" if "differ" in note else "note", note) for note in rest]
+
+
+def _duplicates(items: Items, hash_bytes: int) -> list[Finding]:
+    groups, unread = duplicates(items, hash_bytes)
+    found = []
+    if groups:
+        extra = sum(len(group) - 1 for group in groups)
+        found.append(Finding("duplicates", "warning", f"{_count(extra)} {'is a copy' if extra == 1 else 'are copies'} of another "
+                             "one, byte for byte", tuple(
+                                 Example(" = ".join(_name(items, row) for row in group[:4]), items.path(group[0]))
+                                 for group in groups[:EXAMPLES]),
+                             "remove the copies; to show a picture more often, raise num_repeats of its subset"))
+    if unread:
+        found.append(Finding("duplicates", "note", f"{unread} pictures of equal size were not compared with each other (too many "
+                             "bytes to read for that)"))
+    return found
+
+
+def _too_long(tokens: Sequence[tuple[str, Sequence[TokenCount]]]) -> list[Finding]:
+    """One finding for each encoder that cuts captions."""
+    cut: dict[str, list[tuple[str, TokenCount]]] = {}
+    for sample, counts in tokens:
+        for count in counts:
+            if count.tokens > count.limit:
+                cut.setdefault(count.encoder, []).append((sample, count))
+    reach = max((count.limit for _, counts in tokens for count in counts), default=0)
+    found = []
+    for encoder, cases in cut.items():
+        cases.sort(key=lambda case: -case[1].tokens)
+        limit = cases[0][1].limit
+        examples = tuple(Example(f"{sample}: {count.tokens} tokens, lost: “{_short(count.lost)}”")
+                         for sample, count in cases[:EXAMPLES])
+        title = f"{len(cases)} caption{' is' if len(cases) == 1 else 's are'} longer than the {limit} tokens that {encoder} reads"
+        if limit == reach:
+            found.append(Finding("too long", "warning", title, examples, "shorten them, or move what matters to the front"))
+        else:
+            found.append(Finding("too long", "note", title, examples, "another text encoder reads more of them"))
+    return found
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= QUOTED else text[:QUOTED - 1].rstrip() + "…"
+
+
+def _epoch(plan: StepPlan) -> Finding:
+    showings = f"{plan.samples_per_epoch} showings of {_count(len(plan.items))}"
+    return Finding("epoch", "note", f"an epoch is {plan.steps_per_epoch} steps: {showings} in {plan.batches_per_epoch} batches")
+
+
+def scales(items: Items) -> numpy.ndarray:
+    """(N,) float64: how many times longer a side gets; above 1 the picture is enlarged."""
+    return _resized(items).max(axis=1) / items.sizes.max(axis=1)
+
+
+def kept_shares(items: Items) -> numpy.ndarray:
+    """(N,) float64: share of the picture's area inside its bucket."""
+    return _buckets(items).prod(axis=1) / _resized(items).prod(axis=1)
+
+
+def _resized(items: Items) -> numpy.ndarray:
+    """(N, 2) float64."""
+    result, dataset, sizes, buckets = numpy.empty((len(items), 2)), _dataset(items), items.sizes, _buckets(items)
+    for number, spec in enumerate(items.specs):
+        here = dataset == number
+        result[here] = resized(sizes[here], buckets[here], spec.rule)
+    return result
+
+
+def _buckets(items: Items) -> numpy.ndarray:
+    return numpy.array([bucket for _, bucket in items.groups], dtype=numpy.int64).reshape(-1, 2)[items.group]
+
+
+def _dataset(items: Items) -> numpy.ndarray:
+    return numpy.array([number for number, _ in items.groups], dtype=numpy.int64)[items.group]
+
+
+def _first(where: numpy.ndarray, keys: numpy.ndarray) -> list[int]:
+    """A few of the rows, those with the lowest keys."""
+    rows = numpy.flatnonzero(where)
+    return rows[numpy.argsort(keys[rows], kind="stable")[:EXAMPLES]].tolist()
+
+
+def _count(number: int) -> str:
+    return f"{number} picture{'' if number == 1 else 's'}"
+
+
+def _pictures(where: numpy.ndarray, one: str = "is", several: str = "are") -> str:
+    number = int(where.sum())
+    return f"{_count(number)} {one if number == 1 else several}"
+
+
+def _name(items: Items, row: int) -> str:
+    """Relative to the subset's folder, with that folder's name where there are several."""
+    name = items.sample_id(row).partition("/")[2]
+    return f"{items.path(row).parent.name}/{name}" if len(items.listings) > 1 and "/" not in name else name
+
+
+def _size(items: Items, row: int) -> str:
+    return "x".join(str(int(side)) for side in items.listings[int(items.listing[row])].sizes[int(items.row[row])])

@@ -1,0 +1,141 @@
+"""What is said about the data before the training: each finding, and that none is made up."""
+
+import shutil
+from dataclasses import replace
+
+import numpy
+import pytest
+
+from library.data import findings
+from library.data.duplicates import duplicates
+from library.data.findings import Finding, brief, gather
+from library.data.plan import StepPlan
+from library.data.scan import Scan
+from library.data.select import Selection, select
+from library.data.tokens import TokenCount
+from tests.unit.data_helpers import made_up_items, picture, scan_folder
+
+
+def found_in(scan: Scan, tokens=(), **how) -> dict[str, Finding]:
+    selection = select(scan.items)
+    plan = StepPlan(selection.train, [spec.batch_size for spec in scan.items.specs], 1)
+    return {finding.kind: finding for finding in gather(scan, selection, plan, tokens, **how)}
+
+
+def of_sizes(*sizes, **spec) -> dict[str, Finding]:
+    """The findings about made-up pictures at a resolution of 64 x 64."""
+    items = made_up_items(sizes)
+    items = replace(items, specs=tuple(replace(each, **spec) for each in items.specs))
+    plan = StepPlan(items, [each.batch_size for each in items.specs], 1)
+    nothing = Selection(items, items.take(numpy.zeros(len(items), dtype=bool)), {}, ())
+    return {finding.kind: finding for finding in gather(Scan(items, (), (None,)), nothing, plan)}
+
+
+def test_good_data_have_nothing_but_the_length_of_an_epoch():
+    found = of_sizes((128, 128), (128, 128), (256, 128), batch_size=1)
+    assert set(found) == {"epoch"}
+    assert found["epoch"].severity == "note" and found["epoch"].title.startswith("an epoch is 3 steps: 3 showings of 3 pictures")
+
+
+def test_tiny_and_enlarged_pictures_are_told_apart():
+    found = of_sizes((128, 128), (20, 20), (50, 50), (32, 32), (63, 63))
+    assert found["tiny"].title == "1 picture is tiny for its training size" and "001.png (20x20)" in found["tiny"].examples[0].text
+    assert found["enlarged"].title == "2 pictures are enlarged, by up to 2.0 times" and found["enlarged"].severity == "warning"
+    assert [example.text for example in found["enlarged"].examples] == ["003.png (32x32, 2.0 times)", "002.png (50x50, 1.3 times)"]
+    assert of_sizes((50, 50))["enlarged"].severity == "note"
+
+
+def test_tiny_without_enlarging():
+    found = of_sizes((128, 128), (21, 21), bucket_no_upscale=True)
+    assert "tiny" in found and "enlarged" not in found
+
+
+def test_heavy_cropping_names_the_remedy_that_fits():
+    found = of_sizes((400, 100), (128, 128), enable_bucket=False)
+    assert found["cropped"].title == "1 picture loses more than 25% of their area to the crop"
+    assert "75% cut away" in found["cropped"].examples[0].text and "enable_bucket" in found["cropped"].remedy
+    assert "min_bucket_reso" in of_sizes((1000, 100))["cropped"].remedy
+
+
+def test_buckets_that_do_not_fill_a_batch():
+    found = of_sizes(*[(128, 128)] * 4, (256, 128), batch_size=4)
+    assert found["lonely"].title.startswith("1 of 2 buckets do not fill a batch (1 showings")
+    assert found["lonely"].severity == "note"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index in range(6):
+        picture(tmp_path / "pictures" / f"{index}.png", (128, 128), seed=index)
+    return tmp_path / "pictures"
+
+
+def test_problems_of_the_scan_become_findings(folder):
+    (folder / "0.png").write_bytes(b"no picture")
+    (folder / "1.txt").unlink()
+    found = found_in(scan_folder(folder))
+    unreadable, missing = found["pictures that cannot be read"], found["pictures without a caption"]
+    assert unreadable.severity == missing.severity == "error"
+    assert unreadable.title == "pictures that cannot be read: 1" and "0.png" in unreadable.examples[0].text and unreadable.remedy
+    assert brief(found.values())[0].startswith("pictures that cannot be read: 1 (such as ")
+
+
+def test_what_settings_leave_out(folder):
+    picture(folder / "small.png", (40, 40))
+    found = found_in(scan_folder(folder, more="skip_image_resolution = 64\nvalidation_split = 0.34"))
+    assert found["skip_image_resolution"].title == "1 picture left out because of skip_image_resolution"
+    assert found["skip_image_resolution"].examples[0].path.name == "small.png"
+    assert found["validation_split"].title == "2 pictures held out for validation" and found["validation_split"].severity == "note"
+
+
+def test_copies_are_found_by_their_bytes(folder):
+    picture(folder / "other.png", (128, 128), seed=77)  # of the same size, perhaps of the same length
+    for copy in ("copy.png", "zcopy.png"):
+        shutil.copy2(folder / "2.png", folder / copy)
+        (folder / copy).with_suffix(".txt").write_text("words", encoding="utf-8")
+    found = found_in(scan_folder(folder))
+    assert found["duplicates"].title == "2 pictures are copies of another one, byte for byte"
+    assert [example.text for example in found["duplicates"].examples] == ["2.png = copy.png = zcopy.png"]
+
+
+def test_copies_that_are_too_much_to_read_are_counted(folder):
+    shutil.copy2(folder / "2.png", folder / "copy.png")
+    (folder / "copy.txt").write_text("words", encoding="utf-8")
+    found = found_in(scan_folder(folder), hash_bytes=10)
+    assert found["duplicates"].severity == "note" and "were not compared" in found["duplicates"].title
+    assert duplicates(scan_folder(folder).items, 0)[0] == []
+
+
+def test_known_hashes_spare_the_reading(folder):
+    shutil.copy2(folder / "2.png", folder / "copy.png")
+    (folder / "copy.txt").write_text("words", encoding="utf-8")
+    scan = scan_folder(folder)
+    rows = numpy.arange(len(scan.items))
+    scan.remember(0, rows, (rows[:, None] + numpy.ones((1, 16))).astype(numpy.uint8))  # all different, whatever the files hold
+    assert duplicates(scan.items, 0) == ([], 0)
+
+
+def test_a_folder_in_two_datasets_is_no_copy_of_itself(tmp_path, folder):
+    from tests.unit.data_helpers import SMALL, dataset_file, scan_file
+
+    subset = f"[[datasets.subsets]]\nimage_dir = '{folder.as_posix()}'\n"
+    text = "".join(f"[[datasets]]\nresolution = {size}\n{SMALL}\n{subset}" for size in (64, 128))
+    scan = scan_file(dataset_file(tmp_path, text))
+    assert len(scan.items) == 12 and duplicates(scan.items, 2**20) == ([], 0)
+
+
+def test_captions_that_are_too_long(folder):
+    long, short = TokenCount("T5", 600, 512, "the end"), TokenCount("T5", 5, 512)
+    tokens = [("0.0/0.png", [long, TokenCount("CLIP", 600, 77, "much more")]), ("0.0/1.png", [short, TokenCount("CLIP", 5, 77)])]
+    found = [each for each in gather(scan_folder(folder), None, None, tokens) if each.kind == "too long"]
+    assert [each.severity for each in found] == ["warning", "note"]
+    assert found[0].title == "1 caption is longer than the 512 tokens that T5 reads"
+    assert found[0].examples[0].text == "0.0/0.png: 600 tokens, lost: “the end”"
+    assert not [each for each in gather(scan_folder(folder), None, None, tokens[1:]) if each.kind == "too long"]
+
+
+def test_the_worst_comes_first_and_the_log_gets_a_line_each():
+    made = [Finding("a", "note", "a note", remedy="rest"), Finding("b", "warning", "a warning", (findings.Example("x.png"),), "mend it"),
+            Finding("c", "error", "an error")]
+    assert [each.kind for each in findings.worst_first(made)] == ["c", "b", "a"]
+    assert brief(made) == ["a note", "a warning (such as x.png); mend it", "an error"]
