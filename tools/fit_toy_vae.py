@@ -214,7 +214,7 @@ def standardise(vae, batches: list[Tensor]) -> None:
 def save(vae, path: Path) -> None:
     """As `ae.safetensors` of FLUX.1: BFL's names, here in half precision."""
     from library.checkpoint.export import export_module
-    from library.checkpoint.flux_keys import AUTOENCODER
+    from library.checkpoint.autoencoder_keys import AUTOENCODER
     from library.checkpoint.keymap import module_shapes
     from library.checkpoint.writer import write_safetensors
 

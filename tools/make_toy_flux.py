@@ -116,14 +116,14 @@ def make(folder: Path, size: Size, seed: int) -> None:
     """Write the whole set below ``folder``."""
     import torch
 
-    from library.checkpoint import flux_keys
+    from library.checkpoint import clip_keys, flux_keys
     from tools.toy_tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     words = caption_words()
     vocabularies = write_clip_tokenizer(folder / "clip_l_tokenizer", words), write_t5_tokenizer(folder / "t5xxl_tokenizer", words)
     torch.manual_seed(seed)
-    write(folder / "clip_l.safetensors", make_clip(vocabularies[0]), flux_keys.CLIP_L, torch.float16)
+    write(folder / "clip_l.safetensors", make_clip(vocabularies[0]), clip_keys.CLIP, torch.float16)
     write(folder / "t5xxl.safetensors", make_t5(vocabularies[1]), flux_keys.T5, torch.float16,
           also=("encoder.embed_tokens.weight",))  # the published file holds the embedding twice
     write(folder / "flux1-dev.safetensors", make_transformer(size), flux_keys.TRANSFORMER, torch.bfloat16)

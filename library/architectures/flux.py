@@ -15,13 +15,16 @@ from PIL import Image
 from torch import nn
 
 from library.architectures.base import TextEncoders
+from library.architectures.clip import load_clip
 from library.architectures.flux_call import keep_time_exact, predict
-from library.architectures.flux_models import encode_image, load_clip, load_t5, load_transformer, load_vae
+from library.architectures.flux_models import load_t5, load_transformer, load_vae
 from library.architectures.flux_options import FluxOptions
-from library.architectures.flux_parts import open_parts, open_tokenizers
+from library.architectures.flux_parts import TOKENIZERS, open_parts, open_tokenizers
 from library.architectures.flux_preview import sample
-from library.architectures.flux_text import Tokenizers, encode_text, load_tokenizer, tokenizer_identity
+from library.architectures.flux_text import Tokenizers, encode_text
 from library.architectures.flux_tokens import read_token_meter
+from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
+from library.architectures.vae import encode_image
 from library.checkpoint.export import carry, export_module
 from library.checkpoint.flux_keys import TRANSFORMER
 from library.checkpoint.keymap import module_shapes
@@ -73,8 +76,8 @@ class Flux:
 
     def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> TextEncoders:
         modules = {"clip": load_clip(self.parts.clip_l, dtype, device), "t5": load_t5(self.parts.t5xxl, dtype, device)}
-        tokenizers = Tokenizers(load_tokenizer("clip", self.parts.clip_l_tokenizer),
-                                load_tokenizer("t5", self.parts.t5xxl_tokenizer))
+        tokenizers = Tokenizers(load_tokenizer(TOKENIZERS["clip_l_tokenizer"], self.parts.clip_l_tokenizer),
+                                load_tokenizer(TOKENIZERS["t5xxl_tokenizer"], self.parts.t5xxl_tokenizer))
         return TextEncoders(modules, tokenizers)
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -6,31 +6,30 @@ one go everything that is missing or wrong.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.architectures.flux_tokenizers import TOKENIZERS, TokenizerPlace, find_tokenizer
+from library.architectures.opening import FLAG, CheckpointSpec, absent, open_checkpoint, repository
+from library.architectures.tokenizers import (CLIP_TOKENIZER_FILES, T5_TOKENIZER_FILES, TokenizerPlace, TokenizerSpec,
+                                              find_tokenizer)
 from library.checkpoint import known_keys
-from library.checkpoint.hub import Hub, HubFile
-from library.checkpoint.locate import Found, PartSpec, check_exists, fetch, find, search_folders
 from library.checkpoint.header import TensorInfo
-from library.checkpoint.source import Source, open_source
+from library.checkpoint.hub import Hub, HubFile
+from library.checkpoint.locate import Found, PartSpec, fetch, find, search_folders
+from library.checkpoint.source import Source
 from library.errors import UserError, raise_all
 
 Tensors = Mapping[str, TensorInfo]
-FLAG = "--pretrained_model_name_or_path"
 DEV_REPO, SCHNELL_REPO = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
 ENCODERS_REPO = "comfyanonymous/flux_text_encoders"
 AE_ELSEWHERE = ("Comfy-Org/Lumina_Image_2.0_Repackaged", "split_files/vae/ae.safetensors")  # the same autoencoder, not gated
 LATENT_CHANNELS, LATENT_LEVELS = 16, 4
 TOKEN_WIDTH = 64  # 16 latent channels of a 2x2 patch
-# Files of a hub repository or of a folder that may hold the transformer, in order of preference.
-TRANSFORMER_FILES = ("flux1-dev.safetensors", "flux1-schnell.safetensors",
-                     "transformer/diffusion_pytorch_model.safetensors.index.json",
-                     "transformer/diffusion_pytorch_model.safetensors")
+CHECKPOINT = CheckpointSpec("FLUX.1", "transformer", (
+    "flux1-dev.safetensors", "flux1-schnell.safetensors", "transformer/diffusion_pytorch_model.safetensors.index.json",
+    "transformer/diffusion_pytorch_model.safetensors"))
 AE_FILES = ("ae.safetensors", "ae.sft", "flux_ae.safetensors", "flux-ae.safetensors", "flux_vae.safetensors", "vae.safetensors",
             "FLUX1/ae.safetensors", "vae/diffusion_pytorch_model.safetensors", "vae/ae.safetensors")
 CLIP_FILES = ("clip_l.safetensors", "clip-l.safetensors", "text_encoder/model.safetensors", "text_encoder/clip_l.safetensors")
@@ -39,6 +38,18 @@ T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl.safetensors", "t5xxl_bf16.safetenso
             "google_t5-v1_1-xxl_encoderonly-fp16.safetensors", "google_t5-v1_1-xxl_encoderonly-fp8_e4m3fn.safetensors",
             "text_encoder_2/model.safetensors.index.json", "text_encoder_2/model.safetensors")
 T5_ON_HUB = ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
+TOKENIZERS = {
+    "clip_l_tokenizer": TokenizerSpec(
+        "clip", "CLIP-L tokenizer", "--clip_l_tokenizer", CLIP_TOKENIZER_FILES,
+        ("tokenizer", "clip_l_tokenizer", "clip_tokenizer"),
+        (("openai/clip-vit-large-patch14", ""), ("black-forest-labs/FLUX.1-dev", "tokenizer"),
+         ("black-forest-labs/FLUX.1-schnell", "tokenizer"))),
+    "t5xxl_tokenizer": TokenizerSpec(
+        "t5", "T5 tokenizer", "--t5xxl_tokenizer", T5_TOKENIZER_FILES,
+        ("tokenizer_2", "t5xxl_tokenizer", "t5_tokenizer"),
+        (("black-forest-labs/FLUX.1-dev", "tokenizer_2"), ("black-forest-labs/FLUX.1-schnell", "tokenizer_2"),
+         ("google/t5-v1_1-xxl", ""))),  # the hub's v1.1 repositories have spiece.model only
+}
 
 
 @dataclass(frozen=True)
@@ -91,15 +102,15 @@ def open_parts(pretrained: str | Path, *, ae: Path | str | None = None, clip_l: 
     hub = hub or Hub()
     given = {"ae": ae, "clip_l": clip_l, "t5xxl": t5xxl}
     try:
-        transformer = describe(open_checkpoint(pretrained, hub))
+        transformer = describe(open_checkpoint(CHECKPOINT, pretrained, hub))
     except UserError as error:
-        raise_all([error, *_absent(given)])  # what the other parts must look like is not known; whether they exist is
+        raise_all([error, *absent(given)])  # what the other parts must look like is not known; whether they exist is
         raise AssertionError from error
-    specs = part_specs(transformer, given, repo=_repository(pretrained))
+    specs = part_specs(transformer, given, repo=repository(pretrained))
     found, errors = find(transformer.whole, specs, known_keys.recognise, hub)
     wanted = {"clip_l_tokenizer": clip_l_tokenizer, "t5xxl_tokenizer": t5xxl_tokenizer}
     beside = search_folders(transformer.whole.path)[0]
-    tokenizers, missing = _find_tokenizers(beside, found, wanted, _repository(pretrained), hub)
+    tokenizers, missing = _find_tokenizers(beside, found, wanted, repository(pretrained), hub)
     errors += missing
     raise_all(errors)
     located = fetch(found, specs, known_keys.recognise, hub)
@@ -114,26 +125,26 @@ def open_tokenizers(pretrained: str | Path, *, clip_l: Path | str | None = None,
                     hub: Hub | None = None) -> tuple[str, Path, Path]:
     """(variant, folder of CLIP-L's tokenizer, folder of T5's), as ``open_parts`` finds them, whatever else is missing. Of the hub
     nothing but tokenizers is downloaded."""
-    hub, repository = hub or Hub(), _repository(pretrained)
+    hub, repo = hub or Hub(), repository(pretrained)
     found: Mapping[str, Found | HubFile] = {}
     try:
-        transformer = describe(open_checkpoint(pretrained, Hub(hub.cache, offline=True)))
+        transformer = describe(open_checkpoint(CHECKPOINT, pretrained, Hub(hub.cache, offline=True)))
     except UserError:
-        if repository is None:
+        if repo is None:
             raise
-        variant, beside = ("schnell" if "schnell" in repository.lower() else "dev"), []  # still on the hub: so it is called
+        variant, beside = ("schnell" if "schnell" in repo.lower() else "dev"), []  # still on the hub: so it is called
     else:
         variant, beside = transformer.variant, search_folders(transformer.whole.path)[0]
-        specs = part_specs(transformer, {"clip_l": clip_l, "t5xxl": t5xxl}, repo=repository)
+        specs = part_specs(transformer, {"clip_l": clip_l, "t5xxl": t5xxl}, repo=repo)
         found, _ = find(transformer.whole, [spec for spec in specs if spec.name != "ae"], known_keys.recognise, hub)
     wanted = {"clip_l_tokenizer": clip_l_tokenizer, "t5xxl_tokenizer": t5xxl_tokenizer}
-    places, errors = _find_tokenizers(beside, found, wanted, repository, hub)
+    places, errors = _find_tokenizers(beside, found, wanted, repo, hub)
     raise_all(errors)
     return variant, places["clip_l_tokenizer"].fetch(hub), places["t5xxl_tokenizer"].fetch(hub)
 
 
 def _find_tokenizers(beside: Sequence[Path], found: Mapping[str, Found | HubFile], wanted: Mapping[str, str | None],
-                     repository: str | None, hub: Hub) -> tuple[dict[str, TokenizerPlace], list[UserError]]:
+                     repo: str | None, hub: Hub) -> tuple[dict[str, TokenizerPlace], list[UserError]]:
     """Beside the encoder of each, where that was ``found``, and in the folders ``beside`` the transformer."""
     places: dict[str, TokenizerPlace] = {}
     errors: list[UserError] = []
@@ -141,56 +152,10 @@ def _find_tokenizers(beside: Sequence[Path], found: Mapping[str, Found | HubFile
         encoder = found.get(kind.removesuffix("_tokenizer"))
         own = search_folders(encoder.source.path)[0] if isinstance(encoder, Found) else []
         try:
-            places[kind] = find_tokenizer(TOKENIZERS[kind], given, [*own, *beside], repository, hub)
+            places[kind] = find_tokenizer(TOKENIZERS[kind], given, [*own, *beside], repo, hub)
         except UserError as error:
             errors.append(error)
     return places, errors
-
-
-def _absent(given: Mapping[str, Path | str | None]) -> list[UserError]:
-    errors = []
-    for name, path in given.items():
-        try:
-            if path:
-                check_exists(Path(path), f"--{name}")
-        except UserError as error:
-            errors.append(error)
-    return errors
-
-
-def open_checkpoint(name: str | Path, hub: Hub) -> Source:
-    """The file, folder (diffusers pipeline, its ``transformer`` folder, shards), or hub repository called ``name``.
-
-    A repository may be followed by a file: ``org/repo/file.safetensors``. UserError when there is nothing or no such file.
-    """
-    path = Path(name)
-    if path.is_dir():
-        inside = next((path / file for file in TRANSFORMER_FILES if (path / file).is_file()), None)
-        component = path / "transformer"
-        return open_source(inside or (component if component.is_dir() else path))
-    repo = _repository(name)
-    if path.exists() or repo is None:
-        check_exists(path, FLAG)
-        one_of_several = re.search(r"-\d{5}-of-\d{5}\.safetensors$", path.name)  # the dialect names a model by any of its shards
-        return open_source(path.parent if one_of_several else path)
-    rest = str(name)[len(repo) + 1:]
-    files = (rest,) if rest else TRANSFORMER_FILES
-    broken: list[UserError] = []
-    for cached in filter(None, (hub.cached(repo, file) for file in files)):
-        try:
-            return open_source(cached)
-        except UserError as error:  # not all shards were downloaded
-            broken.append(error)
-    reasons = []
-    for file in files:
-        offer = hub.offer(repo, file)
-        if isinstance(offer, HubFile):
-            return open_source(hub.download(offer))
-        reasons.append(offer)
-    if broken:
-        raise broken[0]
-    raise UserError(f"{name} is neither a file or folder here nor in the hub cache, and {', '.join(dict.fromkeys(reasons))}",
-                    place=FLAG, remedy="give the path of a FLUX.1 checkpoint, or the name of a hub repository that holds one")
 
 
 def describe(source: Source) -> FluxFile:
@@ -277,16 +242,3 @@ def _key_facts(layout: str) -> tuple[str, str, str, str, str, str]:
                 "double_blocks.0.img_attn.norm.query_norm.scale", "guidance_in.in_layer.weight")
     return ("x_embedder.weight", "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight", "proj_out.weight",
             "transformer_blocks.0.attn.norm_q.weight", "time_text_embed.guidance_embedder.linear_1.weight")
-
-
-def _repository(name: str | Path) -> str | None:
-    """``org/repo`` when ``name`` can be one and is nothing here; paths with more parts only if they end in a file."""
-    text = str(name).replace(os.sep, "/")  # a Path on Windows has turned the slash round
-    match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(/[\w./-]+\.(safetensors|sft|json))?", text)
-    if match is None or Path(name).exists():
-        return None
-    if match.group(2) is None and text.endswith((".safetensors", ".sft", ".ckpt", ".gguf", ".pt")):
-        return None
-    if Path(Path(text).parts[0]).is_dir():
-        return None  # the first part is a folder here: a mistyped path, not a repository
-    return match.group(1)

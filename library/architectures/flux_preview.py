@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from library.architectures.flux_call import unpack
-from library.architectures.flux_models import decode_image
+from library.architectures.vae import decode_image
 from library.prompts import Prompt
 
 # scheduler_config.json of the two releases: dev shifts its levels with the number of tokens, schnell does not.

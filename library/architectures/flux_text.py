@@ -1,18 +1,15 @@
-"""Tokenizers, and captions to what FLUX.1 reads: T5's token states and CLIP's pooled vector."""
+"""Captions to what FLUX.1 reads: T5's token states and CLIP's pooled vector."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from library.architectures.flux_tokenizers import BESIDE, TOKENIZERS, wanted_files
-from library.errors import UserError
+from library.architectures.tokenizers import refuse_unknown_tokens
 
 
 @dataclass
@@ -31,35 +28,6 @@ class Tokenizers:
             return (f"{t5} captions are longer than {t5_length} T5 tokens and were cut there (--t5xxl_max_token_length); "
                     f"CLIP, which reads 77 tokens, saw the beginning of {clip}")
         return f"{clip} captions are longer than CLIP's 77 tokens: it saw their beginning, T5 all of them" if clip else ""
-
-
-def load_tokenizer(kind: str, folder: Path) -> Any:
-    """``CLIPTokenizer`` ("clip") or ``T5Tokenizer`` ("t5") from a folder with its files; never asks the hub.
-
-    The concrete classes are used because AutoTokenizer needs a config and finds no padding token in a bare tokenizer.json.
-    UserError when the files cannot be read.
-    """
-    from transformers import CLIPTokenizer, T5Tokenizer
-
-    try:
-        if kind == "clip":
-            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-        # Sentinel tokens are part of the published vocabulary; adding 100 more would overrun the embedding table.
-        return T5Tokenizer.from_pretrained(str(folder), local_files_only=True, extra_ids=0)
-    except Exception as error:  # transformers and tokenizers raise plain Exception for malformed files
-        spec = next(spec for spec in TOKENIZERS.values() if spec.kind == kind)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the {spec.title} in {folder} cannot be read: {reason}", place=spec.flag,
-                        remedy=f"give a folder with an intact {wanted_files(spec)}") from error
-
-
-def tokenizer_identity(folder: Path) -> str:
-    """Hex digest of the tokenizer's files, independent of where they lie; part of every text cache key."""
-    digest = hashlib.sha256()
-    for name in ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", *BESIDE):
-        if (path := Path(folder) / name).is_file():
-            digest.update(f"{name} {path.stat().st_size} ".encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -95,8 +63,5 @@ def _tokenise(tokenizers: Tokenizers, kind: str, captions: Sequence[str], length
     encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_attention_mask=True,
                         return_tensors="pt")
     ids = encoded["input_ids"]
-    if int(ids.max()) >= vocabulary:
-        flag = "--clip_l_tokenizer" if kind == "CLIP" else "--t5xxl_tokenizer"
-        raise UserError(f"the {kind} tokenizer gives token {int(ids.max())}, but the encoder knows only {vocabulary} tokens",
-                        remedy=f"give the tokenizer that belongs to the encoder with {flag}")
+    refuse_unknown_tokens(int(ids.max()), vocabulary, kind, "--clip_l_tokenizer" if kind == "CLIP" else "--t5xxl_tokenizer")
     return ids, encoded["attention_mask"]

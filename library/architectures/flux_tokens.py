@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from library.architectures.flux_text import load_tokenizer
+from library.architectures.flux_parts import TOKENIZERS
+from library.architectures.tokenizers import load_tokenizer
 from library.data.tokens import TokenCount, TokenMeter
 
 CLIP_TOKENS = 77  # positions of CLIP-L
@@ -14,7 +15,8 @@ CLIP_TOKENS = 77  # positions of CLIP-L
 
 def read_token_meter(clip_folder: Path, t5_folder: Path, t5_length: int) -> TokenMeter:
     """Counts with the tokenizers in two folders; T5 is given at most ``t5_length`` tokens. UserError when one cannot be read."""
-    clip, t5 = load_tokenizer("clip", clip_folder), load_tokenizer("t5", t5_folder)
+    clip = load_tokenizer(TOKENIZERS["clip_l_tokenizer"], clip_folder)
+    t5 = load_tokenizer(TOKENIZERS["t5xxl_tokenizer"], t5_folder)
 
     def count(texts: Sequence[str]) -> list[list[TokenCount]]:
         rows = [_counts("T5", t5, texts, t5_length), _counts("CLIP", clip, texts, CLIP_TOKENS)]

@@ -1,10 +1,10 @@
 """FLUX.1's key maps: the names in the files people trade and those in the diffusers and transformers modules.
 
-Sources of the names: black-forest-labs/flux (`model.py`, `modules/layers.py`, `modules/autoencoder.py`) for the files; diffusers
-(`transformer_flux.py`, `autoencoder_kl.py`) and transformers (`modeling_clip.py`, `modeling_t5.py`) for the modules.
+Sources of the names: black-forest-labs/flux (`model.py`, `modules/layers.py`) for the files; diffusers (`transformer_flux.py`)
+and transformers (`modeling_t5.py`) for the modules. Its autoencoder and CLIP have tables of their own, which other models share.
 """
 
-from library.checkpoint.keymap import Drop, Fuse, KeyMap, Pointwise, Rename, Rule, SwapHalves
+from library.checkpoint.keymap import Drop, Fuse, KeyMap, Rename, Rule, SwapHalves
 
 _DOUBLE, _DOUBLE_MODULE = "double_blocks.{i}", "transformer_blocks.{i}"
 _SINGLE, _SINGLE_MODULE = "single_blocks.{i}", "single_transformer_blocks.{i}"
@@ -51,51 +51,6 @@ TRANSFORMER = KeyMap((
     SwapHalves("final_layer.adaLN_modulation.1.{leaf}", "norm_out.linear.{leaf}"),
     Rename("final_layer.linear.{leaf}", "proj_out.{leaf}"),
 ))
-
-
-def _resnet(original: str, module: str) -> tuple[Rule, ...]:
-    # norms and convolutions are numbered the same on both sides
-    return (Rename(f"{original}.norm{{n}}.{{leaf}}", f"{module}.norm{{n}}.{{leaf}}"),
-            Rename(f"{original}.conv{{n}}.{{leaf}}", f"{module}.conv{{n}}.{{leaf}}"))
-
-
-def _attention(original: str, module: str) -> tuple[Rule, ...]:
-    pairs = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
-    return (Rename(f"{original}.norm.{{leaf}}", f"{module}.group_norm.{{leaf}}"),
-            *(Pointwise(f"{original}.{file}.weight", f"{module}.{name}.weight") for file, name in pairs),
-            *(Rename(f"{original}.{file}.bias", f"{module}.{name}.bias") for file, name in pairs))
-
-
-def _half(side: str) -> tuple[Rule, ...]:
-    """The rules that the autoencoder's encoder and decoder share."""
-    return (*_resnet(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0"),
-            *_attention(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0"),
-            *_resnet(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1"),
-            Rename(f"{side}.norm_out.{{leaf}}", f"{side}.conv_norm_out.{{leaf}}"),
-            Rename(f"{side}.conv_in.{{leaf}}", f"{side}.conv_in.{{leaf}}"),
-            Rename(f"{side}.conv_out.{{leaf}}", f"{side}.conv_out.{{leaf}}"))
-
-
-# ae.safetensors. The file counts the decoder's levels from the finest, diffusers from the coarsest.
-AUTOENCODER = KeyMap((
-    *_resnet("encoder.down.{i}.block.{j}", "encoder.down_blocks.{i}.resnets.{j}"),
-    Rename("encoder.down.{i}.block.{j}.nin_shortcut.{leaf}", "encoder.down_blocks.{i}.resnets.{j}.conv_shortcut.{leaf}"),
-    Rename("encoder.down.{i}.downsample.conv.{leaf}", "encoder.down_blocks.{i}.downsamplers.0.conv.{leaf}"),
-    *_resnet("decoder.up.{~i}.block.{j}", "decoder.up_blocks.{i}.resnets.{j}"),
-    Rename("decoder.up.{~i}.block.{j}.nin_shortcut.{leaf}", "decoder.up_blocks.{i}.resnets.{j}.conv_shortcut.{leaf}"),
-    Rename("decoder.up.{~i}.upsample.conv.{leaf}", "decoder.up_blocks.{i}.upsamplers.0.conv.{leaf}"),
-    *_half("encoder"),
-    *_half("decoder"),
-))
-
-# What CLIP files carry beside the text tower: the projection, the other tower, and a fixed count 0..76.
-_CLIP_EXTRAS = (Drop("text_projection.weight"), Drop("text_projection"), Drop("logit_scale"), Drop("vision_model.{rest}"),
-                Drop("visual_projection.weight"), Drop("text_model.embeddings.position_ids"), Drop("embeddings.position_ids"))
-
-# clip_l.safetensors and text_encoder/ of diffusers folders. transformers 5 dropped the module's `text_model.`, files keep it.
-CLIP_L = KeyMap((Rename("text_model.{rest}", "text_model.{rest}"), Rename("text_model.{rest}", "{rest}"), *_CLIP_EXTRAS))
-# The same module saved by transformers 5 without the prefix.
-CLIP_L_FLAT = KeyMap((Rename("{rest}", "text_model.{rest}"), Rename("{rest}", "{rest}"), *_CLIP_EXTRAS))
 
 # t5xxl files hold the tied embedding under either name or, commonly, under both. Some are the whole encoder-decoder.
 T5 = KeyMap((

@@ -58,13 +58,21 @@ class Pointwise:
 
 
 @dataclass(frozen=True)
+class Transpose:
+    """A matrix (in, out) in the file, used as ``x @ m``, is the weight (out, in) of a linear layer in the module."""
+
+    original: str
+    module: str
+
+
+@dataclass(frozen=True)
 class Drop:
     """A tensor that files are known to carry and the module has no use for."""
 
     original: str
 
 
-Rule = Rename | Fuse | SwapHalves | Pointwise | Drop
+Rule = Rename | Fuse | SwapHalves | Pointwise | Transpose | Drop
 
 
 @dataclass(frozen=True)
@@ -79,11 +87,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class Binding:
-    """How one tensor of the file is made of tensors of the module."""
+    """How one tensor of the file is made of tensors of the module.
+
+    ``transposed``: the module's only tensor is the file's with rows and columns exchanged (its one segment is all of both).
+    """
 
     shape: Shape
     segments: tuple[Segment, ...]
     also: tuple[str, ...] = ()
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,8 @@ class BoundMap:
         """The module's tensors that this tensor of the file holds: views of it where the rule allows, else copies."""
         binding = self.bindings[self.canonical(original_key)]
         assert tuple(tensor.shape) == binding.shape, f"{original_key}: {tuple(tensor.shape)}, expected {binding.shape}"
+        if binding.transposed:
+            return [(binding.segments[0].module_key, tensor.t())]
         flat, out = tensor.reshape(-1), {}
         for segment in binding.segments:
             part = flat[segment.original_start:segment.original_start + segment.count]
@@ -136,6 +150,8 @@ class BoundMap:
         for name, part in parts.items():
             assert tuple(part.shape) == self.shapes[name], f"{name}: {tuple(part.shape)}, expected {self.shapes[name]}"
         first = next(iter(parts.values()))
+        if binding.transposed:
+            return first.t()
         if len(binding.segments) == 1:
             return first.reshape(binding.shape)
         out = first.new_empty(math.prod(binding.shape))
@@ -252,6 +268,9 @@ def _binding(original: str, rule: Rule, parts: Mapping[int, str], also: tuple[st
         return Binding(first, (Segment(keys[0], half, 0, half), Segment(keys[0], 0, half, half)))
     if isinstance(rule, Pointwise):
         return Binding((*first, 1, 1), (Segment(keys[0], 0, 0, math.prod(first)),))
+    if isinstance(rule, Transpose):
+        assert len(first) == 2, f"{keys[0]}: {first} is no matrix"
+        return Binding(first[::-1], (Segment(keys[0], 0, 0, math.prod(first)),), transposed=True)
     segments, start = [], 0
     for key in keys:
         assert shapes[key][1:] == first[1:], f"{original!r} cannot be fused from {[shapes[name] for name in keys]}"

@@ -65,13 +65,16 @@ def load_module(module: nn.Module, source: Source, bound: BoundMap | None, *, dt
     loaded: dict[str, torch.Tensor] = {}
     total, done = sum(source.tensors[name].nbytes for name in names), 0
     for name, original in names.items():
-        for segment in bound.bindings[original].segments:
+        binding = bound.bindings[original]
+        for segment in binding.segments:
             key = segment.module_key
             if key not in loaded:
                 target = _target_dtype(source, name, _current(owners[key]), dtype, place)
                 loaded[key] = torch.empty(bound.shapes[key], dtype=target, device=device)
             part = loaded[key].view(-1)[segment.module_start:segment.module_start + segment.count]
             source.read_into(name, part, segment.original_start, staging)
+            if binding.transposed:
+                loaded[key] = loaded[key].view(binding.shape).t().contiguous()
         done += source.tensors[name].nbytes
         if on_progress is not None:
             on_progress(done, total)

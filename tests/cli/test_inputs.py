@@ -21,7 +21,8 @@ DENOISER = "model.diffusion_model."
 
 def pipeline_folder(folder: Path, files: TinyFlux) -> Path:
     """The same models as diffusers and transformers save them, the transformer in shards."""
-    from library.architectures.flux_models import load_clip, load_t5, load_transformer, load_vae
+    from library.architectures.clip import load_clip
+    from library.architectures.flux_models import load_t5, load_transformer, load_vae
     from library.architectures.flux_parts import open_parts
 
     parts = open_parts(files.checkpoint)

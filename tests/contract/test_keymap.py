@@ -11,8 +11,10 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers, convert_ldm_vae_checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from library.checkpoint.autoencoder_keys import AUTOENCODER
+from library.checkpoint.clip_keys import CLIP, CLIP_FLAT
 from library.checkpoint.export import carry, export_module
-from library.checkpoint.flux_keys import AUTOENCODER, CLIP_L, CLIP_L_FLAT, T5, TRANSFORMER
+from library.checkpoint.flux_keys import T5, TRANSFORMER
 from library.checkpoint.header import TensorInfo
 from library.checkpoint.keymap import KeyMap, best_fit, identity, module_shapes
 from library.checkpoint.reader import Source, build_on_meta, load_module, match_names, open_source
@@ -43,15 +45,15 @@ TINY = {
     "dev": (lambda: FluxTransformer2DModel(**TINY_FLUX, guidance_embeds=True), TRANSFORMER),
     "schnell": (lambda: FluxTransformer2DModel(**TINY_FLUX, guidance_embeds=False), TRANSFORMER),
     "autoencoder": (lambda: autoencoder((8, 16, 24), 1, 4), AUTOENCODER),
-    "clip_l": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_SIZES)), CLIP_L),
-    "clip_l_flat": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_SIZES)), CLIP_L_FLAT),
+    "clip_l": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_SIZES)), CLIP),
+    "clip_l_flat": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_SIZES)), CLIP_FLAT),
     "t5": (t5, T5),
 }
 FULL = {
     "flux1-dev": (lambda: FluxTransformer2DModel(guidance_embeds=True), TRANSFORMER),
     "flux1-schnell": (lambda: FluxTransformer2DModel(guidance_embeds=False), TRANSFORMER),
     "ae": (autoencoder, AUTOENCODER),
-    "clip_l": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_FULL)), CLIP_L),
+    "clip_l": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_FULL)), CLIP),
     "t5xxl": (lambda: t5(**T5_FULL), T5),
 }
 
@@ -184,9 +186,9 @@ def test_clip_of_either_transformers_generation():
     prefixed = {f"text_model.{key.removeprefix('text_model.')}": shape for key, shape in flat.items()}
     bare = {key.removeprefix("text_model."): shape for key, shape in flat.items()}
     for shapes in (prefixed, bare):
-        assert CLIP_L.bind(shapes).original_shapes() == layout("clip_l")
-        assert set(CLIP_L_FLAT.bind(shapes).original_shapes()) == set(bare)
-        bounds = [CLIP_L.bind(shapes), CLIP_L_FLAT.bind(shapes)]
+        assert CLIP.bind(shapes).original_shapes() == layout("clip_l")
+        assert set(CLIP_FLAT.bind(shapes).original_shapes()) == set(bare)
+        bounds = [CLIP.bind(shapes), CLIP_FLAT.bind(shapes)]
         assert best_fit(layout("clip_l"), bounds) is bounds[0]
         assert best_fit(bare, bounds) is bounds[1]
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from library.checkpoint.flux_keys import CLIP_L
+from library.checkpoint.clip_keys import CLIP
 from library.checkpoint.keymap import Drop, Fuse, KeyMap, Rename, SwapHalves, module_shapes
 from library.checkpoint.reader import build_on_meta, load_module, open_source, parameters_on_meta
 from library.errors import UserError
@@ -87,7 +87,7 @@ def test_clip_positions_survive(tmp_path):
     """transformers keeps the count 0..76 in a buffer that files lack: garbage there would scramble every prompt."""
     config = CLIPTextConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=40,
                             bos_token_id=0, eos_token_id=1)
-    shapes = CLIP_L.bind(module_shapes(CLIPTextModel(config)))
+    shapes = CLIP.bind(module_shapes(CLIPTextModel(config)))
     # some files hold the count, some the projection: neither is an error
     extras = {"text_model.embeddings.position_ids": torch.arange(77)[None], "text_projection.weight": torch.ones(32, 32)}
     tensors = {name: torch.zeros(shape) for name, shape in shapes.original_shapes().items()}

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.architectures.flux_models import (clip_config, decode_image, encode_image, load_clip, load_t5, load_transformer,
-                                               load_vae, rope_axes, t5_config, transformer_config, vae_config)
-from library.architectures.flux_parts import describe, open_checkpoint, open_parts
-from library.architectures.flux_text import Tokenizers, encode_text, load_tokenizer, tokenizer_identity
+from library.architectures.clip import clip_config, load_clip
+from library.architectures.flux_models import (SCALING, SHIFT, load_t5, load_transformer, load_vae, rope_axes, t5_config,
+                                               transformer_config)
+from library.architectures.flux_parts import CHECKPOINT, TOKENIZERS, describe, open_parts
+from library.architectures.flux_text import Tokenizers, encode_text
+from library.architectures.opening import open_checkpoint
+from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
+from library.architectures.vae import decode_image, encode_image, vae_config
 from library.checkpoint.header import TensorInfo
 from library.checkpoint.hub import Hub
 from library.checkpoint.known_keys import quantisation, recognise
@@ -20,6 +24,7 @@ from library.errors import UserError
 from tests import tiny
 
 F32 = torch.float32
+CLIP, T5 = TOKENIZERS["clip_l_tokenizer"], TOKENIZERS["t5xxl_tokenizer"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ def parts(files):
 
 @pytest.fixture(scope="module")
 def encoders(parts):
-    tokenizers = Tokenizers(load_tokenizer("clip", parts.clip_l_tokenizer), load_tokenizer("t5", parts.t5xxl_tokenizer))
+    tokenizers = Tokenizers(load_tokenizer(CLIP, parts.clip_l_tokenizer), load_tokenizer(T5, parts.t5xxl_tokenizer))
     return load_clip(parts.clip_l, F32), load_t5(parts.t5xxl, F32), tokenizers
 
 
@@ -123,7 +128,7 @@ def test_settings_of_the_published_files():
     assert transformer == {"in_channels": 64, "patch_size": 1, "num_layers": 19, "num_single_layers": 38,
                            "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
                            "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56)}
-    vae = vae_config(headers(tiny.autoencoder_shapes((128, 256, 512, 512), 2)))
+    vae = vae_config(headers(tiny.autoencoder_shapes((128, 256, 512, 512), 2)), SCALING, SHIFT)
     assert vae["block_out_channels"] == (128, 256, 512, 512) and vae["layers_per_block"] == 2 and vae["latent_channels"] == 16
     assert (vae["norm_num_groups"], vae["scaling_factor"], vae["shift_factor"]) == (32, 0.3611, 0.1159)
     assert not vae["use_quant_conv"] and not vae["use_post_quant_conv"]
@@ -144,7 +149,7 @@ def test_rope_axes():
 
 
 def test_group_counts_of_small_autoencoders():
-    assert vae_config(headers(tiny.autoencoder_shapes((16, 32, 64, 96), 1)))["norm_num_groups"] == 16
+    assert vae_config(headers(tiny.autoencoder_shapes((16, 32, 64, 96), 1)), SCALING, SHIFT)["norm_num_groups"] == 16
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -233,7 +238,7 @@ def test_hub_repository_from_the_cache(tmp_path, files):
 def test_a_name_that_leads_nowhere(tmp_path, monkeypatch, name, text):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        open_checkpoint(name, NOWHERE)
+        open_checkpoint(CHECKPOINT, name, NOWHERE)
     assert text in str(caught.value) and "--pretrained_model_name_or_path" in str(caught.value)
 
 
@@ -303,7 +308,7 @@ def test_config_json_decides_what_shapes_cannot(tmp_path, pipeline_folder):
     shutil.copytree(pipeline_folder / "transformer", tmp_path / "transformer")
     path = tmp_path / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"axes_dims_rope": [8, 12, 12]}))
-    file = describe(open_checkpoint(tmp_path, NOWHERE))
+    file = describe(open_checkpoint(CHECKPOINT, tmp_path, NOWHERE))
     assert transformer_config(file)["axes_dims_rope"] == (8, 12, 12)
     path.write_text("{")
     with pytest.raises(UserError, match="config.json is not valid JSON"):
@@ -366,7 +371,7 @@ def test_t5_tokens_from_a_sentencepiece_model(tmp_path):
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, vocab_size=30, pad_id=0, eos_id=1,
                                              unk_id=2, bos_id=-1, minloglevel=2)
     (tmp_path / "spiece.model").write_bytes(model.getvalue())
-    tokenizer, reference = load_tokenizer("t5", tmp_path), sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    tokenizer, reference = load_tokenizer(T5, tmp_path), sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     for text in ("a photo of the cat", " two  spaces\nthere ", "ｆｕｌｌ ﬁ", ""):
         assert tokenizer(text)["input_ids"] == [*reference.encode(text), 1]
     assert len(tokenizer) == 30 and tokenizer.pad_token_id == 0
@@ -413,7 +418,7 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, files, kind, name):
     shutil.copytree(files.clip_l_tokenizer if kind == "clip" else files.t5xxl_tokenizer, folder)
     (folder / name).write_text("{ damaged", encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        load_tokenizer(kind, folder)
+        load_tokenizer(CLIP if kind == "clip" else T5, folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -4,7 +4,9 @@ import pytest
 
 from library.architectures.flux import open_token_meter
 from library.architectures.flux_options import FluxOptions
-from library.architectures.flux_text import Tokenizers, _tokenise, load_tokenizer
+from library.architectures.flux_parts import TOKENIZERS
+from library.architectures.flux_text import Tokenizers, _tokenise
+from library.architectures.tokenizers import load_tokenizer
 from library.config.schema import ModelOptions
 from library.errors import UserError
 from tests.tiny import make_flux_files
@@ -37,7 +39,8 @@ def test_nothing_is_lost_up_to_the_last_place(files):
 
 
 def test_the_kept_part_is_what_the_encoder_reads(files):
-    clip, t5 = load_tokenizer("clip", files.clip_l_tokenizer), load_tokenizer("t5", files.t5xxl_tokenizer)
+    clip = load_tokenizer(TOKENIZERS["clip_l_tokenizer"], files.clip_l_tokenizer)
+    t5 = load_tokenizer(TOKENIZERS["t5xxl_tokenizer"], files.t5xxl_tokenizer)
     text = "the cat and the dog, " * 40
     for kind, tokenizer, length, count in zip(("T5", "CLIP"), (t5, clip), (20, 77), meter(files, t5xxl_max_token_length=20)([text])[0],
                                               strict=True):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from library.architectures.flux_models import decode_image, encode_image, load_vae
-from library.architectures.flux_parts import open_parts
-from library.architectures.flux_text import load_tokenizer
+from library.architectures.flux_models import load_vae
+from library.architectures.flux_parts import TOKENIZERS, open_parts
+from library.architectures.tokenizers import load_tokenizer
+from library.architectures.vae import decode_image, encode_image
 from library.checkpoint.hub import Hub
 from library.checkpoint.source import open_source
 from library.config.data_options import CachingOptions, DatasetOptions
@@ -90,7 +91,8 @@ def test_the_toy_set_is_complete_and_the_same_for_the_same_seed(tmp_path):
 def test_tokenizers_know_words_spell_the_rest_and_end_last(tmp_path):
     clip_size = toy_tokenizers.write_clip_tokenizer(tmp_path / "clip", ["cat", "coffee"])
     t5_size = toy_tokenizers.write_t5_tokenizer(tmp_path / "t5", ["cat", "coffee"])
-    clip, t5 = load_tokenizer("clip", tmp_path / "clip"), load_tokenizer("t5", tmp_path / "t5")
+    clip, t5 = (load_tokenizer(TOKENIZERS[kind], tmp_path / name) for kind, name in
+                (("clip_l_tokenizer", "clip"), ("t5xxl_tokenizer", "t5")))
     ids = clip("Coffee, cats")["input_ids"]
     assert len(clip) == clip_size and ids[0] == clip_size - 2 and ids[-1] == clip_size - 1 == clip.eos_token_id == max(ids)
     assert clip.convert_ids_to_tokens(ids[1:-1]) == ["coffee</w>", ",</w>", "ca", "t", "s</w>"]

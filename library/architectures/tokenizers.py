@@ -1,21 +1,26 @@
-"""FLUX.1's two tokenizers: where their files lie. Nothing is opened here (``flux_text.load_tokenizer`` does that)."""
+"""Tokenizers: where their files lie, how they are opened, and how a cache knows them again."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from library.checkpoint.hub import Hub, HubFile
 from library.checkpoint.locate import few
 from library.errors import UserError
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json")  # read when they are there
+CLIP_TOKENIZER_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
+T5_TOKENIZER_FILES = (("tokenizer.json",), ("spiece.model",))
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """``file_sets``: any complete one is enough. ``folders``: usual names beside a checkpoint. ``hub``: (repository, folder)."""
+    """``kind``: "clip" or "t5". ``file_sets``: any complete one is enough. ``folders``: usual names beside a checkpoint.
+    ``hub``: (repository, folder)."""
 
     kind: str
     title: str
@@ -23,20 +28,6 @@ class TokenizerSpec:
     file_sets: tuple[tuple[str, ...], ...]
     folders: tuple[str, ...]
     hub: tuple[tuple[str, str], ...]
-
-
-TOKENIZERS = {
-    "clip_l_tokenizer": TokenizerSpec(
-        "clip", "CLIP-L tokenizer", "--clip_l_tokenizer", (("vocab.json", "merges.txt"), ("tokenizer.json",)),
-        ("tokenizer", "clip_l_tokenizer", "clip_tokenizer"),
-        (("openai/clip-vit-large-patch14", ""), ("black-forest-labs/FLUX.1-dev", "tokenizer"),
-         ("black-forest-labs/FLUX.1-schnell", "tokenizer"))),
-    "t5xxl_tokenizer": TokenizerSpec(
-        "t5", "T5 tokenizer", "--t5xxl_tokenizer", (("tokenizer.json",), ("spiece.model",)),
-        ("tokenizer_2", "t5xxl_tokenizer", "t5_tokenizer"),
-        (("black-forest-labs/FLUX.1-dev", "tokenizer_2"), ("black-forest-labs/FLUX.1-schnell", "tokenizer_2"),
-         ("google/t5-v1_1-xxl", ""))),  # the hub's v1.1 repositories have spiece.model only
-}
 
 
 @dataclass(frozen=True)
@@ -130,3 +121,38 @@ def _complete(spec: TokenizerSpec, folder: Path) -> bool:
 def wanted_files(spec: TokenizerSpec) -> str:
     """The files that make such a tokenizer, in words."""
     return " or ".join(" with ".join(files) for files in spec.file_sets)
+
+
+def load_tokenizer(spec: TokenizerSpec, folder: Path) -> Any:
+    """``CLIPTokenizer`` or ``T5Tokenizer``, by the spec's kind, from a folder with its files; never asks the hub.
+
+    The concrete classes are used because AutoTokenizer needs a config and finds no padding token in a bare tokenizer.json.
+    UserError when the files cannot be read.
+    """
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    try:
+        if spec.kind == "clip":
+            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # Sentinel tokens are part of the published vocabulary; adding 100 more would overrun the embedding table.
+        return T5Tokenizer.from_pretrained(str(folder), local_files_only=True, extra_ids=0)
+    except Exception as error:  # transformers and tokenizers raise plain Exception for malformed files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the {spec.title} in {folder} cannot be read: {reason}", place=spec.flag,
+                        remedy=f"give a folder with an intact {wanted_files(spec)}") from error
+
+
+def tokenizer_identity(folder: Path) -> str:
+    """Hex digest of the tokenizer's files, independent of where they lie; part of every text cache key."""
+    digest = hashlib.sha256()
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", *BESIDE):
+        if (path := Path(folder) / name).is_file():
+            digest.update(f"{name} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def refuse_unknown_tokens(highest: int, vocabulary: int, title: str, flag: str) -> None:
+    """UserError when the encoder has no row for a token: its tokenizer belongs to another encoder."""
+    if highest >= vocabulary:
+        raise UserError(f"the {title} tokenizer gives token {highest}, but the encoder knows only {vocabulary} tokens",
+                        remedy=f"give the tokenizer that belongs to the encoder with {flag}")
