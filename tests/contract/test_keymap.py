@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
-from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers, convert_ldm_vae_checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (convert_flux_transformer_checkpoint_to_diffusers, convert_ldm_unet_checkpoint,
+                                                 convert_ldm_vae_checkpoint, convert_open_clip_checkpoint)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from library.checkpoint.autoencoder_keys import AUTOENCODER
-from library.checkpoint.clip_keys import CLIP, CLIP_FLAT
+from library.checkpoint.autoencoder_keys import AUTOENCODER, AUTOENCODER_QUANT
+from library.checkpoint.clip_keys import CLIP, CLIP_FLAT, CLIP_PROJECTED, OPEN_CLIP
 from library.checkpoint.export import carry, export_module
 from library.checkpoint.flux_keys import T5, TRANSFORMER
 from library.checkpoint.header import TensorInfo
-from library.checkpoint.keymap import KeyMap, best_fit, identity, module_shapes
+from library.checkpoint.keymap import KeyMap, _module_patterns, _regex, best_fit, identity, module_shapes
 from library.checkpoint.reader import Source, build_on_meta, load_module, match_names, open_source
+from library.checkpoint.sdxl_keys import CLIP_G_PREFIX, CLIP_L_PREFIX, UNET, UNET_PREFIX, VAE_PREFIX, unet
 from library.checkpoint.writer import write_safetensors
 
 LAYOUTS = Path(__file__).parent.parent / "data" / "layouts"
@@ -28,13 +30,33 @@ CLIP_FULL = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers":
 T5_FULL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
 TINY_FLUX = {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "in_channels": 4,
              "joint_attention_dim": 12, "pooled_projection_dim": 10, "axes_dims_rope": (2, 2, 4)}
+CLIP_G_FULL = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+               "projection_dim": 1280}
+# Parts of a published file that is one file: name here -> (file, prefix).
+SDXL = "sdxl_base_1.0"
+PARTS = {"sdxl-unet": (SDXL, UNET_PREFIX), "sdxl-clip_l": (SDXL, CLIP_L_PREFIX), "sdxl-clip_g": (SDXL, CLIP_G_PREFIX),
+         "sdxl-vae": (SDXL, VAE_PREFIX)}
 
 
-def autoencoder(channels=(128, 256, 512, 512), layers=2, groups=32):
+def autoencoder(channels=(128, 256, 512, 512), layers=2, groups=32, quant=False):
     depth = len(channels)
     return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * depth, up_block_types=("UpDecoderBlock2D",) * depth,
-                         block_out_channels=channels, layers_per_block=layers, latent_channels=16, norm_num_groups=groups,
-                         use_quant_conv=False, use_post_quant_conv=False)
+                         block_out_channels=channels, layers_per_block=layers, latent_channels=4 if quant else 16,
+                         norm_num_groups=groups, use_quant_conv=quant, use_post_quant_conv=quant)
+
+
+def clip_g(**sizes):
+    return CLIPTextModelWithProjection(CLIPTextConfig(**(sizes or CLIP_SIZES | {"projection_dim": 24})))
+
+
+def unet_model(channels=(320, 640, 1280), layers=2, depths=(1, 2, 10), heads=(5, 10, 20), context=2048, labels=2816, groups=32):
+    """SDXL's U-Net: no attention in the finest level."""
+    coarser = len(channels) - 1
+    return UNet2DConditionModel(
+        block_out_channels=channels, layers_per_block=layers, transformer_layers_per_block=depths, attention_head_dim=heads,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * coarser, norm_num_groups=groups,
+        up_block_types=("CrossAttnUpBlock2D",) * coarser + ("UpBlock2D",), cross_attention_dim=context,
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=labels)
 
 
 def t5(**sizes):
@@ -48,6 +70,11 @@ TINY = {
     "clip_l": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_SIZES)), CLIP),
     "clip_l_flat": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_SIZES)), CLIP_FLAT),
     "t5": (t5, T5),
+    "unet": (lambda: unet_model((4, 8, 12), 2, (1, 1, 2), (1, 1, 2), 8, 20, 2), UNET),
+    "unet-of-another-shape": (lambda: unet_model((4, 8), 1, (1, 3), (1, 2), 8, 20, 2), unet(levels=2, layers=1)),
+    "autoencoder-4": (lambda: autoencoder((8, 16, 24), 1, 4, quant=True), AUTOENCODER_QUANT),
+    "open_clip": (clip_g, OPEN_CLIP),
+    "clip_projected": (clip_g, CLIP_PROJECTED),
 }
 FULL = {
     "flux1-dev": (lambda: FluxTransformer2DModel(guidance_embeds=True), TRANSFORMER),
@@ -55,11 +82,18 @@ FULL = {
     "ae": (autoencoder, AUTOENCODER),
     "clip_l": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_FULL)), CLIP),
     "t5xxl": (lambda: t5(**T5_FULL), T5),
+    "sdxl-unet": (unet_model, UNET),
+    "sdxl-clip_l": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_FULL)), CLIP),
+    "sdxl-clip_g": (lambda: clip_g(**CLIP_G_FULL), OPEN_CLIP),
+    "sdxl-vae": (lambda: autoencoder(quant=True), AUTOENCODER_QUANT),
 }
 
 
 @cache
 def layout(name: str) -> dict[str, tuple[int, ...]]:
+    if name in PARTS:
+        file, prefix = PARTS[name]
+        return {key.removeprefix(prefix): shape for key, shape in layout(file).items() if key.startswith(prefix)}
     return {key: tuple(shape) for key, shape in json.loads((LAYOUTS / f"{name}.json").read_text()).items()}
 
 
@@ -143,10 +177,54 @@ def test_last_modulation_is_swapped():
     assert key == "norm_out.linear.bias" and tensor.tolist() == [3.0, 4.0, 1.0, 2.0]
 
 
+def test_unet_equals_diffusers_converter():
+    """All full-size names with real numbers; the converter never looks inside a tensor, so every side is cut to one."""
+    narrow = {key: tuple(1 for _ in shape) for key, shape in full_size("sdxl-unet").items()}
+    bound = UNET.bind(narrow)
+    original = seeded(bound.original_shapes())
+    assert set(original) == set(layout("sdxl-unet"))
+    mine = dict(pair for key, tensor in original.items() for pair in bound.to_module(key, tensor))
+    with torch.device("meta"):
+        config = dict(unet_model().config)
+    theirs = convert_ldm_unet_checkpoint({UNET_PREFIX + key: tensor for key, tensor in original.items()}, config)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_open_clip_equals_diffusers_converter():
+    """The packed attention is cut and the projection transposed, as diffusers and the reference encoder do."""
+    # the converter takes the projection's rows for the model's width, which they are in the real file
+    module = clip_g(**CLIP_SIZES | {"projection_dim": CLIP_SIZES["hidden_size"]})
+    bound = OPEN_CLIP.bind(module_shapes(module))
+    original = seeded(bound.original_shapes())
+    mine = dict(pair for key, tensor in original.items() for pair in bound.to_module(key, tensor))
+    prefixed = {CLIP_G_PREFIX + key: tensor for key, tensor in original.items()}
+    theirs = convert_open_clip_checkpoint(module, prefixed, CLIP_G_PREFIX)
+    theirs.pop("text_model.embeddings.position_ids", None)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert not torch.equal(mine["text_projection.weight"], original["text_projection"])
+
+
+def test_transposed_projection_from_a_file_is_used_as_x_times_p(tmp_path):
+    """The file's matrix P, (width, projection): what the loaded module computes is x @ P, and it is written back as P."""
+    bound = OPEN_CLIP.bind(module_shapes(clip_g()))
+    original = seeded(bound.original_shapes())
+    export = export_module(original, None)
+    write_safetensors(tmp_path / "g.safetensors", export.entries, export.get)
+    module = load_module(build_on_meta(clip_g), open_source(tmp_path / "g.safetensors"), bound, dtype=None, place="clip_g")
+    vector = torch.randn(3, CLIP_SIZES["hidden_size"], generator=torch.Generator().manual_seed(1))
+    assert module.text_projection.weight.is_contiguous()
+    torch.testing.assert_close(module.text_projection(vector), vector @ original["text_projection"])
+    again = export_module(module, bound)
+    assert torch.equal(again.get("text_projection"), original["text_projection"])
+
+
 @pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
-def test_autoencoder_equals_diffusers_converter(prefix):
-    module = autoencoder((8, 16, 24, 24), 2, 4)
-    bound = AUTOENCODER.bind(module_shapes(module))
+@pytest.mark.parametrize("quant", [False, True])
+def test_autoencoder_equals_diffusers_converter(prefix, quant):
+    module = autoencoder((8, 16, 24, 24), 2, 4, quant)
+    bound = (AUTOENCODER_QUANT if quant else AUTOENCODER).bind(module_shapes(module))
     original = seeded(bound.original_shapes())
     mine = dict(pair for key, tensor in original.items() for pair in bound.to_module(key, tensor))
     theirs = convert_ldm_vae_checkpoint({prefix + key: tensor for key, tensor in original.items()}, dict(module.config))
@@ -229,6 +307,21 @@ def test_all_in_one_is_read_and_written_back_exactly():
     assert [entry.name for entry in whole.entries] == list(source.layout_order)
 
 
+def test_single_file_of_four_models_is_read_and_written_back_exactly():
+    """2,515 tensors; two belong to no module (a count of positions and a temperature) and are carried over."""
+    source = header_only(layout(SDXL))
+    whole = None
+    for name, (_, prefix) in PARTS.items():
+        export = assert_fits_and_returns(source, FULL[name][1].bind(full_size(name)), prefix)
+        whole = export if whole is None else whole + export
+    names = {entry.name for entry in whole.entries}
+    rest = [name for name in source.layout_order if name not in names]
+    assert rest == [f"{CLIP_L_PREFIX}text_model.embeddings.position_ids", f"{CLIP_G_PREFIX}logit_scale"]
+    whole = (whole + carry(source, rest)).in_order(source.layout_order)
+    assert {entry.name: entry.shape for entry in whole.entries} == layout(SDXL)
+    assert [entry.name for entry in whole.entries] == list(source.layout_order)
+
+
 def test_t5_takes_either_name_of_its_embedding(tmp_path):
     bound = T5.bind(module_shapes(t5()))
     original = seeded(bound.original_shapes())
@@ -257,6 +350,14 @@ def test_a_module_with_an_unknown_tensor_is_our_mistake():
         TRANSFORMER.bind({"x_embedder_2.weight": (2, 2)})
     with pytest.raises(AssertionError, match="lacks"):
         TRANSFORMER.bind({"transformer_blocks.0.attn.to_q.weight": (2, 2)})
+
+
+def test_every_name_has_one_rule():
+    """In tables for several structures no rule hides another: each tensor of the module matches exactly one."""
+    for keymap, name in ((UNET, "sdxl-unet"), (AUTOENCODER_QUANT, "sdxl-vae"), (OPEN_CLIP, "sdxl-clip_g")):
+        patterns = [_regex(pattern) for rule in keymap.rules for pattern in _module_patterns(rule)]
+        for key in full_size(name):
+            assert sum(pattern.fullmatch(key) is not None for pattern in patterns) == 1, key
 
 
 def test_every_rule_is_needed():
