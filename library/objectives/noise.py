@@ -17,11 +17,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Draws:
-    """``noise`` (B, C, h, w) of N(0, 1); ``uniform`` (B,) of U[0, 1) and ``normal`` (B,) of N(0, 1) for the level. float32."""
+    """``noise`` (B, C, h, w) of N(0, 1); ``uniform`` (B,) of U[0, 1) and ``normal`` (B,) of N(0, 1) for the level. float32.
+
+    ``rows`` says whose draws these are, one text per row. What only some objectives need is drawn from it when it is asked
+    for, each purpose from a stream of its own: switching one feature on changes no draw of another.
+    """
 
     noise: Tensor
     uniform: Tensor
     normal: Tensor
+    rows: tuple[str, ...] = ()
+
+    def normals(self, purpose: str, *shape: int) -> Tensor:
+        """(B, *shape) float32 of N(0, 1), on the device of ``noise``."""
+        values = np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in self.streams(purpose)])
+        return torch.from_numpy(values).to(self.noise.device)
+
+    def uniforms(self, purpose: str) -> Tensor:
+        """(B,) float32 of U[0, 1), on the device of ``noise``."""
+        values = np.array([stream.random(dtype=np.float32) for stream in self.streams(purpose)])
+        return torch.from_numpy(values).to(self.noise.device)
+
+    def streams(self, purpose: str) -> list[np.random.Generator]:
+        """One generator per row, at its beginning."""
+        assert len(self.rows) == len(self.noise), "these draws do not know their samples"
+        return [_stream(f"{purpose}:{row}") for row in self.rows]
 
 
 def draw(seed: int, step: int, sample_ids: Sequence[str], shape: tuple[int, int, int],
@@ -36,14 +56,15 @@ def draw(seed: int, step: int, sample_ids: Sequence[str], shape: tuple[int, int,
     noise = np.empty((count, *shape), dtype=np.float32)
     uniform = np.empty(count, dtype=np.float32)
     normal = np.empty(count, dtype=np.float32)
-    for row, sample_id in enumerate(sample_ids):
-        stream = _stream(seed, step, sample_id)
-        uniform[row] = stream.random(dtype=np.float32)
-        normal[row] = stream.standard_normal(dtype=np.float32)
-        stream.standard_normal(out=noise[row], dtype=np.float32)
-    return Draws(*(torch.from_numpy(array).to(device) for array in (noise, uniform, normal)))
+    rows = tuple(f"{seed}/{step}/{sample_id}" for sample_id in sample_ids)
+    for index, row in enumerate(rows):
+        stream = _stream(row)
+        uniform[index] = stream.random(dtype=np.float32)
+        normal[index] = stream.standard_normal(dtype=np.float32)
+        stream.standard_normal(out=noise[index], dtype=np.float32)
+    return Draws(*(torch.from_numpy(array).to(device) for array in (noise, uniform, normal)), rows)
 
 
-def _stream(seed: int, step: int, sample_id: str) -> np.random.Generator:
-    key = hashlib.blake2b(f"{seed}/{step}/{sample_id}".encode(), digest_size=16).digest()
+def _stream(row: str) -> np.random.Generator:
+    key = hashlib.blake2b(row.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))

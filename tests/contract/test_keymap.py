@@ -56,7 +56,8 @@ def unet_model(channels=(320, 640, 1280), layers=2, depths=(1, 2, 10), heads=(5,
         block_out_channels=channels, layers_per_block=layers, transformer_layers_per_block=depths, attention_head_dim=heads,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * coarser, norm_num_groups=groups,
         up_block_types=("CrossAttnUpBlock2D",) * coarser + ("UpBlock2D",), cross_attention_dim=context,
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=labels)
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=labels)
 
 
 def t5(**sizes):

@@ -18,7 +18,6 @@ from library.config.schema import FlowOptions
 from tests.golden.weights import fill_all
 
 DATA = Path(__file__).parent / "data"
-NAMES = sorted(path.stem for path in DATA.glob("*.safetensors"))
 STEPS = 4
 _NUMBERS = ("discrete_flow_shift", "sigmoid_scale", "logit_mean", "logit_std", "mode_scale")
 
@@ -48,6 +47,11 @@ class Record:
         chosen = {name: float(self.settings[name]) for name in _NUMBERS if name in self.settings}
         words = {name: self.settings[name] for name in ("timestep_sampling", "weighting_scheme", "model_prediction_type")}
         return FlowOptions(**chosen, **words)
+
+
+def names(model: str) -> list[str]:
+    """The recorded configurations of one model."""
+    return sorted(path.stem for path in DATA.glob(f"{model}_*.safetensors"))
 
 
 def read(name: str) -> Record:

@@ -23,25 +23,14 @@ from library.optim.groups import Group, assert_partition
 from library.optim.schedule import Schedule
 from library.optim.updater import StepAfterBackward
 from tests.golden import records
-from tests.golden.records import NAMES, STEPS
+from tests.golden.compare import TOLERANCE, check_final_weights, close, recorded_draws
+from tests.golden.records import STEPS
 
-TOLERANCE = 1e-5
+NAMES = records.names("flux")
 
 # record -> parameter and index whose gradient in step 0 is nothing but rounding (see test_the_gradient_lost_in_rounding).
 LOST_IN_ROUNDING = {"flux_uniform_raw": ("x_embedder.weight", 953)}
 AFTER_ROUNDING = 5e-5  # of the outputs of the later steps of such a record; losses keep the tolerance of all
-
-
-def close(ours: torch.Tensor, recorded: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    """Largest difference within ``tolerance`` of the largest recorded value: relative, without dividing by values near 0."""
-    assert ours.shape == recorded.shape
-    difference = (ours.detach().double() - recorded.double()).abs().max().item()
-    assert difference <= tolerance * recorded.abs().max().item()
-
-
-def recorded_draws(step: dict[str, torch.Tensor]) -> Draws:
-    unused = torch.full((len(step["latents"]),), torch.nan)  # the level is injected
-    return Draws(step["noise"], unused, unused)
 
 
 def test_all_recorded_modes_are_here():
@@ -120,17 +109,6 @@ def test_four_training_steps(name):
         info = updater.after_backward(index, STEPS, last_microbatch=True)
         assert info.grad_norm == pytest.approx(step["grad_norm_total"].item(), rel=TOLERANCE)
     check_final_weights(record, module, bound, TOLERANCE if name not in LOST_IN_ROUNDING else AFTER_ROUNDING)
-
-
-def check_final_weights(record, module, bound, tolerance):
-    """Norm, sum and first numbers of every weight; a sum is measured by the sum of magnitudes, as it may cancel to nothing."""
-    weights = {key: parameter.detach() for key, parameter in module.named_parameters()}
-    for row, key in enumerate(record.settings["after_names"].split(",")):
-        ours = bound.to_original(key, weights.__getitem__).double()
-        close(ours.norm(), record.tensors["after.norm"][row], tolerance)
-        close(ours.flatten()[:4], record.tensors["after.first4"][row], tolerance)
-        drift = abs(ours.sum() - record.tensors["after.sum"][row])
-        assert drift <= tolerance * ours.abs().sum(), key
 
 
 @pytest.mark.parametrize("name", LOST_IN_ROUNDING)
