@@ -25,9 +25,10 @@ SHARED_FOLDERS = ("unet", "diffusion_models", "checkpoints", "diffusion_model") 
 class PartSpec:
     """One part: how people call its file and how to know it.
 
-    ``given`` is what the user wrote after ``flag``. ``prefixes_inside``: where it may stand in an all-in-one file.
-    ``file_names``: usual names, relative to the checkpoint's folder. ``folders``: folders that hold such files in a shared
-    tree of models. ``hub``: (repository, file) in order of preference. ``signature``: whether tensors are this part.
+    ``given`` is what the user wrote after ``flag`` (empty for a part without a flag of its own). ``prefixes_inside``: where it
+    may stand in an all-in-one file. ``file_names``: usual names, relative to the checkpoint's folder. ``folders``: folders that
+    hold such files in a shared tree of models. ``hub``: (repository, file) in order of preference. ``signature``: whether
+    tensors are this part.
     """
 
     name: str
@@ -72,7 +73,8 @@ def fetch(found: Mapping[str, Found | HubFile], parts: Sequence[PartSpec], looks
             source = _matching(opened, specs[name])
             if source is None:
                 raise UserError(f"{part} on the hub is not the {specs[name].title}: it looks like {looks_like(opened.tensors)}",
-                                remedy=f"give a path with {specs[name].flag}")
+                                remedy=f"give a path with {specs[name].flag}" if specs[name].flag else
+                                "give a checkpoint or folder that holds it")
             part = Found(source, f"the hub: {part}")
         fetched[name] = part
     return fetched
@@ -132,13 +134,14 @@ def _search(checkpoint: Source, part: PartSpec, looks_like: Recogniser, hub: Hub
         if isinstance(offer, HubFile):
             return offer
         reasons.append(offer)
+    given = f"not given with {part.flag}, " if part.flag else ""
     beside, roots = search_folders(checkpoint.path)
     folders = [str(folder) for folder in beside] + [str(root / name) for root in roots for name in part.folders]
     raise UserError(
-        f"the {part.title} was not found: not given with {part.flag}, not inside {checkpoint.path.name}, not under a usual name "
+        f"the {part.title} was not found: {given}not inside {checkpoint.path.name}, not under a usual name "
         f"({few(part.file_names)}) in {', '.join(folders)}{''.join(f' ({text})' for text in refused)}, not in the hub cache "
         f"({', '.join(dict.fromkeys(repo for repo, _ in part.hub))}), and {', '.join(dict.fromkeys(reasons))}",
-        remedy=f"give its path with {part.flag}")
+        remedy=f"give its path with {part.flag}" if part.flag else "give a checkpoint or folder that holds it")
 
 
 def few(names: Sequence[str], count: int = 4) -> str:

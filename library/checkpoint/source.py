@@ -16,6 +16,7 @@ import torch
 
 from library.checkpoint.dtypes import TORCH_DTYPES
 from library.checkpoint.header import Header, TensorInfo, file_state, read_header
+from library.checkpoint.pickled import is_archive, read_pickle
 from library.errors import UserError, nearest
 
 STAGING_BYTES = 16 << 20
@@ -135,16 +136,17 @@ class Source:
 
 
 def open_source(path: Path | str) -> Source:
-    """A ``.safetensors`` file, an ``*.index.json``, or a folder that holds one of them or a set of shards. Reads headers only.
+    """A ``.safetensors`` file, an ``*.index.json``, or a folder that holds one of them or a set of shards; a ``.ckpt`` file if it
+    holds nothing but weights. Reads headers only.
 
-    UserError, one line, for a path that is missing, is no safetensors file, is damaged, or is not one clear set of weights.
+    UserError, one line, for a path that is missing, is no such file, is damaged, or is not one clear set of weights.
     """
     path = Path(path)
     if path.is_dir():
         return _open_folder(path)
     if path.name.endswith(".index.json"):
         return _open_index(path)
-    header = read_header(path)
+    header = read_pickle(path) if is_archive(path) else read_header(path)
     shard = _SHARD.fullmatch(path.name)
     if shard and int(shard[3]) > 1:
         raise UserError(f"one shard of {int(shard[3])}, not the whole model", place=str(path),

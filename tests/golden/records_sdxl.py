@@ -31,7 +31,8 @@ def options(record: Record) -> DdpmOptions:
 def tiny_unet(record: Record) -> tuple[UNet2DConditionModel, BoundMap]:
     """diffusers' module with the record's initial weights, and the key map that put them there."""
     module = UNet2DConditionModel(
-        block_out_channels=(32, 64, 128), layers_per_block=2, transformer_layers_per_block=(1, 1, 2), attention_head_dim=(1, 1, 2),
+        block_out_channels=(32, 64, 128), layers_per_block=2, transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(1, 1, 2),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=56,
         use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,

@@ -28,7 +28,8 @@ NAMES = records.names("sdxl")
 # Parameter, index, and its gradient in the first step, in a range where ours is nothing but rounding (-1.5e-8).
 LOST_IN_ROUNDING = ("up_blocks.1.resnets.1.conv_shortcut.weight", 6283, 3.93e-9)
 _FINEST = (*(f"input_blocks.{index}.0" for index in (1, 2)), *(f"output_blocks.{index}.0" for index in (6, 7, 8)))
-WITHOUT_EFFECT = {f"{block}.{name}" for block in _FINEST for name in ("in_layers.2.bias", "emb_layers.1.bias", "emb_layers.1.weight")}
+WITHOUT_EFFECT = {f"{block}.{name}" for block in _FINEST
+                  for name in ("in_layers.2.bias", "emb_layers.1.bias", "emb_layers.1.weight")}
 WITHOUT_EFFECT |= {"output_blocks.8.0.out_layers.3.bias", "output_blocks.8.0.skip_connection.bias"}
 
 
