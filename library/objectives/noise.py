@@ -35,7 +35,7 @@ class Draws:
 
     def uniforms(self, purpose: str) -> Tensor:
         """(B,) float32 of U[0, 1), on the device of ``noise``."""
-        values = np.array([stream.random(dtype=np.float32) for stream in self.streams(purpose)])
+        values = np.array([stream.random(dtype=np.float32) for stream in self.streams(purpose)], dtype=np.float32)
         return torch.from_numpy(values).to(self.noise.device)
 
     def streams(self, purpose: str) -> list[np.random.Generator]:

@@ -55,3 +55,14 @@ def test_values_are_frozen():
     draws = draw(42, 10, ["photos/cat.png#0"], (1, 1, 2))
     values = [draws.uniform.item(), draws.normal.item(), *draws.noise.flatten().tolist()]
     assert values == pytest.approx(FROZEN, abs=1e-6)
+
+
+def test_further_draws_have_streams_of_their_own():
+    together, alone = draw(7, 3, ["a", "b"], SHAPE), draw(7, 3, ["b"], (1, 1, 1))
+    for purpose in ("offset", "strength"):
+        assert torch.equal(together.normals(purpose, 4, 1, 1)[1], alone.normals(purpose, 4, 1, 1)[0])
+        assert torch.equal(together.uniforms(purpose)[1:], alone.uniforms(purpose))
+    assert together.normals("offset", 4, 1, 1).shape == (2, 4, 1, 1) and together.uniforms("offset").shape == (2,)
+    assert not (together.normals("offset", 8) == together.normals("strength", 8)).any()
+    assert not torch.equal(together.normals("offset", 8), draw(7, 4, ["a", "b"], SHAPE).normals("offset", 8))
+    assert not (together.normals("offset", *SHAPE) == together.noise).any()
