@@ -212,18 +212,20 @@ class _Compiled:
     rule: Rule
     part: int
     shapes: Mapping[str, Shape]
+    start: str = field(init=False)
     pattern: re.Pattern[str] = field(init=False)
     lengths: dict[str, int] = field(init=False)
 
     def __post_init__(self):
         module = _module_patterns(self.rule)[self.part]
+        object.__setattr__(self, "start", module.split("{")[0])
         object.__setattr__(self, "pattern", _regex(module))
         reversed_names = re.findall(r"\{~(\w+)\}", self.rule.original)
         lengths = {name: _list_length(module.split(f"{{{name}}}")[0], self.shapes) for name in reversed_names}
         object.__setattr__(self, "lengths", lengths)
 
     def match(self, key: str) -> tuple[Rule, int, str, tuple[str, ...]] | None:
-        hit = self.pattern.fullmatch(key)
+        hit = self.pattern.fullmatch(key) if key.startswith(self.start) else None  # tables have hundreds of patterns
         if hit is None:
             return None
         values = hit.groupdict()
