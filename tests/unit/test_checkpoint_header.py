@@ -70,10 +70,11 @@ def test_other_formats_are_told(name, tmp_path):
     assert words in refusal(path)
 
 
-def test_torch_zip_checkpoint_is_told(tmp_path):
-    torch.save({"a": torch.ones(3)}, tmp_path / "model.ckpt")
-    assert zipfile.is_zipfile(tmp_path / "model.ckpt")
-    assert "pickle" in refusal(tmp_path / "model.ckpt")
+def test_torch_zip_checkpoint_under_a_wrong_name_is_told(tmp_path):
+    """(Under its own name it is read: test_checkpoint_pickled.py.)"""
+    torch.save({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert zipfile.is_zipfile(tmp_path / "model.safetensors")
+    assert "pickle" in refusal(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("length", [0x280, 0x380, 0x04034B50 % 100_000])
