@@ -15,23 +15,32 @@ from library.checkpoint.source import Source
 from library.errors import UserError
 
 HEAD_WIDTH = 64
+CLIP_LAYOUTS, PROJECTED_LAYOUTS = (CLIP, CLIP_FLAT), (CLIP_PROJECTED, OPEN_CLIP)
 
 
 def load_clip(source: Source, dtype: torch.dtype | None, device: torch.device | str = "cpu", place: str = "clip_l") -> nn.Module:
     """``CLIPTextModel`` in eval mode, frozen, from files with or without ``text_model.``. ``place``: its name in messages."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = CLIPTextConfig(**clip_config(source))
-    return load(lambda: CLIPTextModel(config), source, [CLIP, CLIP_FLAT], dtype, device, place)
+    return load(lambda: build_clip(source), source, CLIP_LAYOUTS, dtype, device, place)
 
 
 def load_projected_clip(source: Source, dtype: torch.dtype | None, device: torch.device | str = "cpu",
                         place: str = "clip_g") -> nn.Module:
     """``CLIPTextModelWithProjection`` in eval mode, frozen, from the names of transformers or of open_clip."""
+    return load(lambda: build_projected_clip(source), source, PROJECTED_LAYOUTS, dtype, device, place)
+
+
+def build_clip(source: Source) -> nn.Module:
+    """``CLIPTextModel`` as the file's shapes ask for, with weights of its own."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(CLIPTextConfig(**clip_config(source)))
+
+
+def build_projected_clip(source: Source) -> nn.Module:
+    """The same for ``CLIPTextModelWithProjection``."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(**clip_config(source, "CLIPTextModelWithProjection", hidden_act="gelu"))
-    return load(lambda: CLIPTextModelWithProjection(config), source, [CLIP_PROJECTED, OPEN_CLIP], dtype, device, place)
+    return CLIPTextModelWithProjection(CLIPTextConfig(**clip_config(source, "CLIPTextModelWithProjection", hidden_act="gelu")))
 
 
 def clip_config(source: Source, class_name: str = "CLIPTextModel", hidden_act: str = "quick_gelu") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.checkpoint.keymap import KeyMap, best_fit, identity, module_shapes
+from library.checkpoint.keymap import BoundMap, KeyMap, best_fit, identity, module_shapes
 from library.checkpoint.reader import build_on_meta, load_module
 from library.checkpoint.source import Source
 from library.errors import UserError
@@ -29,9 +29,13 @@ def load(factory: Callable[[], nn.Module], source: Source, layouts: Iterable[Key
     UserError: keys missing or left over, wrong shapes.
     """
     module = build_on_meta(factory).eval().requires_grad_(False)
+    return load_module(module, source, fitting(module, source, layouts), dtype=dtype, device=device, place=place)
+
+
+def fitting(module: nn.Module, source: Source, layouts: Iterable[KeyMap]) -> BoundMap:
+    """The map between ``module`` and the names of ``source``: of ``layouts`` the one that fits best; without any, equal names."""
     shapes = module_shapes(module)
-    bounds = [layout.bind(shapes) for layout in layouts] or [identity(shapes)]
-    return load_module(module, source, best_fit(source.tensors, bounds), dtype=dtype, device=device, place=place)
+    return best_fit(source.tensors, [layout.bind(shapes) for layout in layouts] or [identity(shapes)])
 
 
 def count(names: Iterable[str], pattern: str) -> int:

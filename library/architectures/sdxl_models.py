@@ -27,15 +27,24 @@ def load_unet(file: SdxlFile, dtype: torch.dtype | None, device: torch.device | 
 
     UserError: keys missing or left over, wrong shapes.
     """
+    return load(lambda: build_unet(file), file.source, unet_layouts(file), dtype, device, "U-Net")
+
+
+def build_unet(file: SdxlFile) -> nn.Module:
+    """``UNet2DConditionModel`` as the file's shapes ask for, with weights of its own."""
     from diffusers import UNet2DConditionModel
 
-    config = unet_config(file)
-    return load(lambda: UNet2DConditionModel(**config), file.source, unet_layouts(file), dtype, device, "U-Net")
+    return UNet2DConditionModel(**unet_config(file))
 
 
 def unet_layouts(file: SdxlFile) -> list[KeyMap]:
-    """The table of the file's names, for its number of levels and layers; none for diffusers' own."""
-    return [unet(*_structure(file)[:2])] if file.layout == "ldm" else []
+    """The table of the file's names; none for diffusers' own."""
+    return [unet_table(file)] if file.layout == "ldm" else []
+
+
+def unet_table(file: SdxlFile) -> KeyMap:
+    """The names of the single file for a U-Net with this number of levels and layers."""
+    return unet(*_structure(file)[:2])
 
 
 def unet_config(file: SdxlFile) -> dict[str, Any]:

@@ -53,12 +53,14 @@ TOKENIZER_2 = TokenizerSpec("clip", "second CLIP tokenizer", TOKENIZER_FLAG, CLI
 class SdxlFile:
     """The U-Net's tensors (prefix stripped) and what the header says about them.
 
-    ``layout`` "ldm" (single file) or "diffusers"; ``whole`` is the source as opened. ``predicts_velocity`` and
-    ``zero_terminal_snr``: how the checkpoint says it was trained. Widths: of the text tokens and of the pooled text it takes.
+    ``layout`` "ldm" (single file) or "diffusers"; ``prefix`` stood before the names in ``whole``, the source as opened.
+    ``predicts_velocity`` and ``zero_terminal_snr``: how the checkpoint says it was trained. Widths: of the text
+    tokens and of the pooled text it takes.
     """
 
     source: Source
     layout: str
+    prefix: str
     whole: Source
     predicts_velocity: bool
     zero_terminal_snr: bool
@@ -144,7 +146,7 @@ def describe(source: Source) -> SdxlFile:
         saved = _scheduler(source.path)
         velocity = velocity or saved.get("prediction_type") == "v_prediction"
         zero_snr = zero_snr or bool(saved.get("rescale_betas_zero_snr"))
-    return SdxlFile(view, layout, source, velocity, zero_snr, names[text].shape[1], pooled)
+    return SdxlFile(view, layout, prefix, source, velocity, zero_snr, names[text].shape[1], pooled)
 
 
 def _refuse_other_models(source: Source) -> None:

@@ -24,10 +24,14 @@ _QUANT = "quant_conv.weight"
 def load_vae(source: Source, dtype: torch.dtype | None, device: torch.device | str, scaling: float, shift: float | None,
              place: str) -> nn.Module:
     """``AutoencoderKL`` in eval mode, frozen, from original or diffusers names. Latents are (z - shift) * scaling."""
+    return load(lambda: build_vae(source, scaling, shift), source, vae_layouts(source), dtype, device, place)
+
+
+def build_vae(source: Source, scaling: float, shift: float | None) -> nn.Module:
+    """``AutoencoderKL`` as the file's shapes ask for, with weights of its own."""
     from diffusers import AutoencoderKL
 
-    config = vae_config(source, scaling, shift)
-    return load(lambda: AutoencoderKL(**config), source, vae_layouts(source), dtype, device, place)
+    return AutoencoderKL(**vae_config(source, scaling, shift))
 
 
 def vae_layouts(source: Source) -> list[KeyMap]:

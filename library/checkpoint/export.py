@@ -11,6 +11,7 @@ from torch import nn
 
 from library.checkpoint.dtypes import DTYPE_NAMES
 from library.checkpoint.keymap import BoundMap, identity, module_shapes
+from library.checkpoint.reader import match_names
 from library.checkpoint.source import Source, stored_dtype
 
 
@@ -72,6 +73,26 @@ def export_module(module: nn.Module | Mapping[str, torch.Tensor], bound: BoundMa
 
     entries = tuple(entry(file_name, original) for file_name, original in (names | copies).items())
     return Export(entries, get).in_order([prefix + name.removeprefix(prefix) for name in order])
+
+
+def convert(source: Source, stored: BoundMap, bound: BoundMap, *, dtype: torch.dtype | None = None, prefix: str = "") -> Export:
+    """Tensors of a source whose names are those of ``stored``, in the layout of ``bound``: two maps of the same module.
+
+    Each is read when its turn comes, so that a part which nobody trains need not be in memory to be saved in another layout.
+    """
+    files = {original: name for name, original in match_names(source, stored, "part").items()}
+    held_by = {segment.module_key: original for original, binding in stored.bindings.items() for segment in binding.segments}
+
+    def tensor(key: str) -> torch.Tensor:
+        original = held_by[key]
+        return dict(stored.to_module(original, source.read(files[original])))[key]
+
+    def entry(name: str, shape: tuple[int, ...]) -> Entry:
+        first = source.tensors[files[held_by[bound.bindings[name].segments[0].module_key]]]
+        return Entry(prefix + name, shape, DTYPE_NAMES[stored_dtype(first, dtype)])
+
+    entries = tuple(entry(name, shape) for name, shape in bound.original_shapes().items())
+    return Export(entries, lambda name: bound.to_original(name.removeprefix(prefix), tensor))
 
 
 def carry(source: Source, names: Iterable[str] | None = None, *, prefix: str = "", dtype: torch.dtype | None = None) -> Export:
