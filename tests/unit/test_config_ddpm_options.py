@@ -85,5 +85,5 @@ def test_conflicts_of_the_loss(argv, expected):
 
 
 def test_a_rounded_loss_takes_its_settings():
-    assert not conflicts(LOSS, "--loss_type", "smooth_l1", "--huber_schedule", "exponential", "--huber_c", "0.2", "--huber_scale", "2")
+    assert not conflicts(LOSS, *"--loss_type smooth_l1 --huber_schedule exponential --huber_c 0.2 --huber_scale 2".split())
     assert options(LOSS, "--loss_type", "huber").objective.rounded and not options(LOSS).objective.rounded

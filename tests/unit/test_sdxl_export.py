@@ -42,7 +42,8 @@ def assert_equal(first, second, but=()):
 
 
 def trained_modules(parts):
-    return {"unet": load_unet(parts.unet, F32), "clip_l": load_clip_l(parts.clip_l, F32), "clip_g": load_clip_g(parts.clip_g, F32)}
+    return {"unet": load_unet(parts.unet, F32), "clip_l": load_clip_l(parts.clip_l, F32),
+            "clip_g": load_clip_g(parts.clip_g, F32)}
 
 
 @pytest.mark.parametrize("names", [(), ("unet",), ("unet", "clip_l", "clip_g"), ("clip_g",)])

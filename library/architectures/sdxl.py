@@ -1,0 +1,155 @@
+"""SDXL: the adapter.
+
+Latents are (B, 4, H/8, W/8) = z * 0.13025. Facts stand once: calling the U-Net in ``sdxl_call.py``, its files in
+``sdxl_parts.py``, modules and their configurations in ``sdxl_models.py``, text in ``sdxl_text.py``, saving in ``sdxl_export.py``,
+key names in ``checkpoint/sdxl_keys.py`` and the tables it shares. This page puts them together for one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.architectures import sdxl_call, sdxl_text
+from library.architectures.base import TextEncoders
+from library.architectures.sdxl_export import single_file, write_folder
+from library.architectures.sdxl_models import load_clip_g, load_clip_l, load_unet, load_vae
+from library.architectures.sdxl_options import SdxlOptions
+from library.architectures.sdxl_parts import TOKENIZER, TOKENIZER_2, open_parts
+from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
+from library.architectures.vae import encode_image
+from library.checkpoint.metadata import HASH_KEY
+from library.checkpoint.writer import write_safetensors
+from library.config.ddpm_options import DdpmOptions
+from library.config.schema import ModelOptions
+from library.errors import UserError
+from library.optim.groups import Group
+
+
+class Sdxl:
+    """The adapter of one run. Construction reads headers only and refuses wrong, missing or unsupported files at once."""
+
+    latent = SdxlOptions.latent
+
+    def __init__(self, model: ModelOptions, options: SdxlOptions):
+        self.options = options
+        self.parts = open_parts(str(model.pretrained_model_name_or_path), vae=options.vae,
+                                tokenizer_cache_dir=options.tokenizer_cache_dir)
+        self.file = self.parts.unet
+
+    def files(self) -> frozenset[Path]:
+        parts = (self.file.whole, self.parts.clip_l, self.parts.clip_g, self.parts.vae)
+        return frozenset(path for part in parts for path in part.files)
+
+    def describe(self) -> str:
+        return self.parts.summary()
+
+    def objective_options(self, options: DdpmOptions) -> DdpmOptions:
+        """``options`` with what the checkpoint says of itself: velocity prediction and zero terminal SNR go together with it.
+
+        UserError for a setting that belongs to the other kind of prediction.
+        """
+        velocity = options.v_parameterization or self.file.predicts_velocity
+        if options.scale_v_pred_loss_like_noise_pred and not velocity:
+            raise UserError("acts on velocity prediction only, and this model predicts noise",
+                            place="--scale_v_pred_loss_like_noise_pred", remedy="leave it out, or add --v_parameterization")
+        if options.v_pred_like_loss and velocity:
+            raise UserError(f"{self.file.whole.path} predicts velocity, so its loss is one already", place="--v_pred_like_loss",
+                            remedy="leave it out")
+        return replace(options, v_parameterization=velocity,
+                       zero_terminal_snr=options.zero_terminal_snr or self.file.zero_terminal_snr)
+
+    def _vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.options.no_half_vae or dtype == torch.float16 else dtype
+
+    def vae_identity(self, dtype: torch.dtype) -> str:
+        return f"{self.parts.vae.identity()}/{self._vae_dtype(dtype)}/posterior-mean"
+
+    def text_identity(self, dtype: torch.dtype) -> str:
+        encoders = [self.parts.clip_l.identity(), self.parts.clip_g.identity()]
+        tokenizers = [tokenizer_identity(folder) for folder in (self.parts.tokenizer, self.parts.tokenizer_2)]
+        return "/".join([*encoders, *tokenizers, str(dtype), str(self.options.max_token_length),
+                         f"weighted={self.options.weighted_captions}"])
+
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return load_vae(self.parts.vae, self._vae_dtype(dtype), device)
+
+    def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> TextEncoders:
+        modules = {"clip_l": load_clip_l(self.parts.clip_l, dtype, device),
+                   "clip_g": load_clip_g(self.parts.clip_g, dtype, device)}
+        return TextEncoders(modules, sdxl_text.Tokenizers(load_tokenizer(TOKENIZER, self.parts.tokenizer),
+                                                          load_tokenizer(TOKENIZER_2, self.parts.tokenizer_2)))
+
+    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return load_unet(self.file, dtype, device)
+
+    def encode_image(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        return encode_image(vae, pixels)
+
+    def encode_text(self, encoders: TextEncoders, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """``hidden`` (B, L, D) and ``pooled`` (B, P); gradients flow into encoders whose parameters require them."""
+        return sdxl_text.encode_text(encoders.modules["clip_l"], encoders.modules["clip_g"], encoders.tokenizers, captions,
+                                     self.options.chunks, self.options.weighted_captions)
+
+    def truncation_note(self, encoders: TextEncoders) -> str:
+        return encoders.tokenizers.truncation_note(self.options.chunks)
+
+    def predict(self, denoiser: nn.Module, x_t: torch.Tensor, level: torch.Tensor, text: Mapping[str, torch.Tensor],
+                geometry: torch.Tensor) -> torch.Tensor:
+        return sdxl_call.predict(denoiser, x_t, level, text, geometry)
+
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        return sdxl_call.blocks(denoiser)
+
+    def text_blocks(self, encoders: TextEncoders) -> list[nn.Module]:
+        """The layers of the encoders that train, in the order they run."""
+        training = [module for module in encoders.modules.values() if any(p.requires_grad for p in module.parameters())]
+        return [block for module in training for block in sdxl_text.blocks(module)]
+
+    def groups(self, denoiser: nn.Module, encoders: TextEncoders | None, learning_rate: float) -> list[Group]:
+        """What trains, named, with gradients switched on for it and off for all else.
+
+        The U-Net whole or, with ``--block_lr``, in its 23 blocks; a learning rate of 0 leaves a part out for good. (Without
+        anything else to train the U-Net stays in at 0: a run that changes nothing is a way to convert a file.)
+        """
+        rates = self.options.encoder_rates(learning_rate)
+        denoiser.requires_grad_(False)
+        found: list[Group] = []
+        if self.options.block_rates is not None:
+            blocks = sdxl_call.block_groups(denoiser)
+            found += [Group(f"unet block {index}", tuple(named), rate)
+                      for index, (named, rate) in enumerate(zip(blocks, self.options.block_rates, strict=True)) if rate > 0]
+        elif learning_rate > 0 or not rates:
+            found.append(Group("unet", tuple(denoiser.named_parameters()), learning_rate))
+        for name, rate in rates.items():
+            encoder = encoders.modules[name]
+            named = sdxl_text.trained_parameters(name, encoder)
+            found.append(Group(name, tuple((f"{name}.{key}", parameter) for key, parameter in named), rate))
+        for group in found:
+            for _, parameter in group.params:
+                parameter.requires_grad_(True)
+        return found
+
+    def export(self, modules: Mapping[str, nn.Module], path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str],
+               objective: DdpmOptions, folder: bool = False) -> None:
+        """Write the whole model: as one file, or as a diffusers ``folder``. ``modules``: what trained, by name of part
+        (``unet``, ``clip_l``, ``clip_g``); ``objective`` as it was trained."""
+        facts = {"predicts_velocity": objective.v_parameterization, "zero_terminal_snr": objective.zero_terminal_snr}
+        if folder:
+            write_folder(path, self.parts, modules, dtype, **facts, metadata=metadata)
+            return
+        tensors = single_file(self.parts, modules, dtype, **facts)
+        write_safetensors(path, tensors.entries, tensors.get, metadata, add_hash_key=HASH_KEY if metadata else None)
+
+    def modelspec(self) -> Mapping[str, str]:
+        return {"architecture": "stable-diffusion-xl-v1-base",
+                "implementation": "https://github.com/Stability-AI/generative-models"}
+
+
+def open_architecture(model: ModelOptions, options: SdxlOptions) -> Sdxl:
+    """What ``run.py`` calls: the adapter of this module."""
+    return Sdxl(model, options)

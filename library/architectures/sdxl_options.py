@@ -1,0 +1,96 @@
+"""SDXL's own flags, and its defaults for the flags that all architectures share. Light: no torch, no diffusers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from library.architectures.base import LatentSpec
+from library.config.check import Problem, conflict
+from library.config.dialect import INERT, Record, records
+from library.config.schema import flag
+from library.config.values import show
+from library.prompts import Prompt
+
+if TYPE_CHECKING:
+    from library.config.parse import Config
+
+BLOCK_RATES = 23
+CHUNK_TOKENS = 75
+_DIALECT: tuple[Record, ...] = tuple(records(
+    INERT, "v2", "SDXL is neither SD 1 nor SD 2"))
+
+
+def read_block_rates(value: Any) -> str:
+    """``block_lr`` from ``"0,1e-5,..."`` or a TOML list: 23 learning rates in the canonical form of the first."""
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        rates = [float(part) for part in parts if not isinstance(part, bool)]
+    except (TypeError, ValueError):
+        rates = []
+    if len(rates) != BLOCK_RATES or not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        raise ValueError(f"{BLOCK_RATES} learning rates",
+                         "write them with commas: one for the embeddings, 9 down, 3 in the middle, 9 up, one for the output")
+    return ",".join(show(rate) for rate in rates)
+
+
+@dataclass(frozen=True)
+class SdxlOptions:
+    title: ClassVar[str] = "SDXL"
+    dialect: ClassVar[tuple[Record, ...]] = _DIALECT
+    # a cell of the coarsest level is 4 x 4 latent cells: sides are multiples of 32 pixels
+    latent: ClassVar[LatentSpec] = LatentSpec(channels=4, factor=8, patch=4)
+    preview: ClassVar[Prompt] = Prompt("", steps=30, cfg=7.5)  # what a prompt file leaves out
+
+    vae: str | None = flag(None, "autoencoder: file, folder or hub id", metavar="PATH", default_text="the checkpoint's own")
+    no_half_vae: bool = flag(False, "run the autoencoder in float32 where bfloat16 would do (it never runs in float16)")
+    tokenizer_cache_dir: Path | None = flag(None, "folder with CLIP tokenizers, such as DIR/openai_clip-vit-large-patch14",
+                                            metavar="DIR", exists=True, default_text="beside the checkpoint, or from the hub")
+    max_token_length: int = flag(75, "tokens of a caption that are read; longer ones are cut", choices=(75, 150, 225))
+    weighted_captions: bool = flag(False, "brackets in captions weigh words: (more:1.3), [less]")
+    train_text_encoder: bool = flag(False, "train both text encoders too")
+    learning_rate_te1: float | None = flag(None, "learning rate of CLIP-L; 0 leaves it as it is", minimum=0,
+                                           default_text="--learning_rate")
+    learning_rate_te2: float | None = flag(None, "learning rate of CLIP-G; 0 leaves it as it is", minimum=0,
+                                           default_text="--learning_rate")
+    block_lr: str | None = flag(None, "learning rates of the U-Net's 23 blocks in place of --learning_rate; 0 freezes a block",
+                                metavar="N,N,...", read=read_block_rates)
+
+    @property
+    def chunks(self) -> int:
+        """Pieces of 75 tokens that a caption is read in."""
+        return self.max_token_length // CHUNK_TOKENS
+
+    @property
+    def block_rates(self) -> tuple[float, ...] | None:
+        return None if self.block_lr is None else tuple(float(rate) for rate in self.block_lr.split(","))
+
+    def encoder_rates(self, learning_rate: float) -> dict[str, float]:
+        """Encoder -> learning rate above 0 of those that train."""
+        if not self.train_text_encoder:
+            return {}
+        given = {"clip_l": self.learning_rate_te1, "clip_g": self.learning_rate_te2}
+        rates = {name: learning_rate if rate is None else rate for name, rate in given.items()}
+        return {name: rate for name, rate in rates.items() if rate > 0}
+
+    def problems(self, config: Config) -> Iterator[Problem]:
+        """Conflicts that only this architecture can have; ``library.config.check`` asks for them."""
+        if config.caching.text_cached:
+            for name, reason in (("train_text_encoder", "an encoder that trains gives other outputs at every step"),
+                                 ("weighted_captions", "weights are applied while captions are encoded for training")):
+                if getattr(self, name):
+                    yield conflict(config, f"{name} cache_text_encoder_outputs", f"cannot work on cached text: {reason}",
+                                   "leave out --cache_text_encoder_outputs or this")
+        for name in ("learning_rate_te1", "learning_rate_te2"):
+            if getattr(self, name) and not self.train_text_encoder:
+                yield conflict(config, f"{name} train_text_encoder", "has no effect without --train_text_encoder",
+                               "add --train_text_encoder or leave it out")
+        rates = self.encoder_rates(config.optimizer.learning_rate)
+        if self.train_text_encoder and not rates:
+            yield conflict(config, "train_text_encoder learning_rate_te1 learning_rate_te2",
+                           "both text encoders have a learning rate of 0", "give one of them a learning rate, or leave it out")
+        if self.block_rates is not None and not any(self.block_rates) and not rates:
+            yield conflict(config, "block_lr", "every block has a learning rate of 0", "give one of them a learning rate")
