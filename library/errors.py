@@ -46,7 +46,7 @@ def raise_all(errors: Sequence[UserError]) -> None:
         raise UserErrors(errors)
 
 
-def nearest(name: object, known: Iterable[object], count: int = 1) -> str:
+def nearest(name: str, known: Iterable[str], count: int = 1) -> str:
     """``did you mean 'x'?`` for the closest known names, or an empty string."""
-    matches = get_close_matches(str(name), [str(one) for one in known], n=count, cutoff=0.6)
+    matches = get_close_matches(name, list(known), n=count, cutoff=0.6)
     return f"did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""

@@ -2,7 +2,8 @@
 
 Latents are (B, 4, H/8, W/8) = z * 0.13025. Facts stand once: calling the U-Net in ``sdxl_call.py``, its files in
 ``sdxl_parts.py``, modules and their configurations in ``sdxl_models.py``, text in ``sdxl_text.py``, saving in ``sdxl_export.py``,
-key names in ``checkpoint/sdxl_keys.py`` and the tables it shares. This page puts them together for one run.
+previews in ``sdxl_preview.py``, key names in ``checkpoint/sdxl_keys.py`` and the tables it shares. This page puts them together
+for one run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
 from library.architectures import sdxl_call, sdxl_text
@@ -20,6 +22,7 @@ from library.architectures.sdxl_export import single_file, write_folder
 from library.architectures.sdxl_models import load_clip_g, load_clip_l, load_unet, load_vae
 from library.architectures.sdxl_options import SdxlOptions
 from library.architectures.sdxl_parts import TOKENIZER, TOKENIZER_2, open_parts
+from library.architectures.sdxl_preview import sample
 from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
 from library.architectures.vae import encode_image
 from library.checkpoint.metadata import HASH_KEY
@@ -28,6 +31,7 @@ from library.config.ddpm_options import DdpmOptions
 from library.config.schema import ModelOptions
 from library.errors import UserError
 from library.optim.groups import Group
+from library.prompts import Prompt
 
 
 class Sdxl:
@@ -133,6 +137,13 @@ class Sdxl:
             for _, parameter in group.params:
                 parameter.requires_grad_(True)
         return found
+
+    def sample(self, denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
+               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype, objective: DdpmOptions,
+               sampler: str = "ddim") -> Image.Image:
+        """One preview picture, for a model trained with ``objective``; ``sampler`` by the dialect's names."""
+        return sample(denoiser, vae, prompt, positive, negative, compute_dtype, objective.v_parameterization,
+                      objective.zero_terminal_snr, sampler)
 
     def export(self, modules: Mapping[str, nn.Module], path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str],
                objective: DdpmOptions, folder: bool = False) -> None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 BLOCK_RATES = 23
 CHUNK_TOKENS = 75
-_DIALECT: tuple[Record, ...] = tuple(records(
-    INERT, "v2", "SDXL is neither SD 1 nor SD 2"))
+TOKEN_LENGTHS = (75, 150, 225)
+_DIALECT: tuple[Record, ...] = tuple(records(INERT, "v2", "SDXL is neither SD 1 nor SD 2"))
 
 
 def read_block_rates(value: Any) -> str:
@@ -37,6 +37,14 @@ def read_block_rates(value: Any) -> str:
     return ",".join(show(rate) for rate in rates)
 
 
+def read_token_length(value: Any) -> int:
+    """``max_token_length``: as many tokens as one, two or three pieces have."""
+    length = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+    if isinstance(length, bool) or length not in TOKEN_LENGTHS:
+        raise ValueError("75, 150 or 225", "choose one of those")
+    return length
+
+
 @dataclass(frozen=True)
 class SdxlOptions:
     title: ClassVar[str] = "SDXL"
@@ -49,7 +57,8 @@ class SdxlOptions:
     no_half_vae: bool = flag(False, "run the autoencoder in float32 where bfloat16 would do (it never runs in float16)")
     tokenizer_cache_dir: Path | None = flag(None, "folder with CLIP tokenizers, such as DIR/openai_clip-vit-large-patch14",
                                             metavar="DIR", exists=True, default_text="beside the checkpoint, or from the hub")
-    max_token_length: int = flag(75, "tokens of a caption that are read; longer ones are cut", choices=(75, 150, 225))
+    max_token_length: int = flag(75, "tokens of a caption that are read: 75, 150 or 225; longer ones are cut",
+                                 read=read_token_length)
     weighted_captions: bool = flag(False, "brackets in captions weigh words: (more:1.3), [less]")
     train_text_encoder: bool = flag(False, "train both text encoders too")
     learning_rate_te1: float | None = flag(None, "learning rate of CLIP-L; 0 leaves it as it is", minimum=0,
