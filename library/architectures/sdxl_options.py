@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.architectures.base import LatentSpec
 from library.config.check import Problem, conflict
-from library.config.dialect import INERT, Record, records
+from library.config.dialect import ELSEWHERE, Record, records
 from library.config.schema import flag
 from library.config.values import show
 from library.prompts import Prompt
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BLOCK_RATES = 23
 CHUNK_TOKENS = 75
 TOKEN_LENGTHS = (75, 150, 225)
-_DIALECT: tuple[Record, ...] = tuple(records(INERT, "v2", "SDXL is neither SD 1 nor SD 2"))
+_DIALECT: tuple[Record, ...] = tuple(records(ELSEWHERE, "v2", "belongs to SD 2.x models", "leave it out"))
 
 
 def read_block_rates(value: Any) -> str:

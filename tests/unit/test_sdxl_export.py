@@ -1,16 +1,22 @@
 """SDXL written back: every tensor of the input again, what trained in its place, and files that diffusers reads."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from library.architectures.clip import build_clip, build_projected_clip
 from library.architectures.sdxl_export import single_file, write_folder
-from library.architectures.sdxl_models import load_clip_g, load_clip_l, load_unet, load_vae
-from library.architectures.sdxl_parts import open_parts
+from library.architectures.sdxl_models import build_unet, load_clip_g, load_clip_l, load_unet, load_vae
+from library.architectures.sdxl_parts import SdxlParts, describe, open_parts, part_specs
+from library.checkpoint.header import TensorInfo
 from library.checkpoint.hub import Hub
-from library.checkpoint.source import open_source
+from library.checkpoint.known_keys import recognise
+from library.checkpoint.locate import find
+from library.checkpoint.reader import build_on_meta
+from library.checkpoint.source import Source, open_source
 from library.checkpoint.writer import write_safetensors
 from tests import tiny, tiny_sdxl
 from tests.tiny_sdxl import make_sdxl_files
@@ -154,3 +160,27 @@ def test_single_file_components_are_read_by_diffusers(tmp_path, parts, folder):
         module = cls.from_single_file(str(path), config=str(folder), subfolder=place, local_files_only=True)
         expected, found = mine.state_dict(), module.state_dict()
         assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+# --- full size --------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_file_is_found_and_listed_again_exactly(files):
+    """2,515 tensors on meta: parts recognised, modules configured, and every name and shape in the file to be written."""
+    layout = json.loads((Path(__file__).parents[1] / "data/layouts/sdxl_base_1.0.json").read_text())
+    path = Path("sd_xl_base_1.0.safetensors")
+    tensors = {name: TensorInfo("F16", tuple(shape), path, 0, 0) for name, shape in layout.items()}
+    whole = Source(path, tensors, {}, {})
+    unet = describe(whole)
+    specs = part_specs(unet, None)
+    found, errors = find(whole, specs, recognise, NOWHERE)
+    assert not errors
+    parts = SdxlParts(unet, *(found[name].source for name in ("clip_l", "clip_g", "vae")), files.tokenizer, files.tokenizer_2, {})
+    trained = {"unet": build_on_meta(lambda: build_unet(unet)), "clip_l": build_on_meta(lambda: build_clip(parts.clip_l)),
+               "clip_g": build_on_meta(lambda: build_projected_clip(parts.clip_g))}
+    for dtype in (torch.bfloat16, torch.float32):
+        export = single_file(parts, trained, dtype)
+        assert [entry.name for entry in export.entries] == list(layout)
+        assert {entry.name: list(entry.shape) for entry in export.entries} == layout
+    assert trained["clip_g"].config.num_attention_heads == 20 and trained["clip_l"].config.num_hidden_layers == 12
+    assert trained["clip_g"].config.hidden_act == "gelu" and trained["clip_l"].config.hidden_act == "quick_gelu"
