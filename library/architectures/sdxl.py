@@ -21,14 +21,16 @@ from library.architectures.base import TextEncoders
 from library.architectures.sdxl_export import single_file, write_folder
 from library.architectures.sdxl_models import load_clip_g, load_clip_l, load_unet, load_vae
 from library.architectures.sdxl_options import SdxlOptions
-from library.architectures.sdxl_parts import TOKENIZER, TOKENIZER_2, open_parts
+from library.architectures.sdxl_parts import TOKENIZER, TOKENIZER_2, open_parts, open_tokenizer
 from library.architectures.sdxl_preview import sample
+from library.architectures.sdxl_tokens import read_token_meter
 from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
 from library.architectures.vae import encode_image
 from library.checkpoint.metadata import HASH_KEY
 from library.checkpoint.writer import write_safetensors
 from library.config.ddpm_options import DdpmOptions
 from library.config.schema import ModelOptions
+from library.data.tokens import TokenMeter
 from library.errors import UserError
 from library.optim.groups import Group
 from library.prompts import Prompt
@@ -38,6 +40,7 @@ class Sdxl:
     """The adapter of one run. Construction reads headers only and refuses wrong, missing or unsupported files at once."""
 
     latent = SdxlOptions.latent
+    text_trim: Mapping[str, str] = {}  # the U-Net attends to padding
 
     def __init__(self, model: ModelOptions, options: SdxlOptions):
         self.options = options
@@ -164,3 +167,9 @@ class Sdxl:
 def open_architecture(model: ModelOptions, options: SdxlOptions) -> Sdxl:
     """What ``run.py`` calls: the adapter of this module."""
     return Sdxl(model, options)
+
+
+def open_token_meter(model: ModelOptions, options: SdxlOptions) -> TokenMeter:
+    """What ``page.py`` counts captions with: reads the first tokenizer and no weights. UserError without it."""
+    folder = open_tokenizer(str(model.pretrained_model_name_or_path), options.tokenizer_cache_dir)
+    return read_token_meter(load_tokenizer(TOKENIZER, folder), options.chunks, options.weighted_captions)

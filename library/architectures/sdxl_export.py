@@ -15,7 +15,8 @@ from torch import nn
 
 from library.architectures import clip, vae
 from library.architectures.loading import fitting
-from library.architectures.sdxl_models import SCALING, build_unet, unet_layouts, unet_table
+from library.architectures.sdxl_models import build_unet, unet_layouts, unet_table
+from library.architectures.sdxl_options import SCALING
 from library.architectures.sdxl_parts import TOKENIZER, TOKENIZER_2, SdxlParts
 from library.architectures.tokenizers import load_tokenizer
 from library.atomic import write_atomic

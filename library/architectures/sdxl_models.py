@@ -11,6 +11,7 @@ from torch import nn
 
 from library.architectures import clip, vae
 from library.architectures.loading import config_json, count, load
+from library.architectures.sdxl_options import SCALING
 from library.architectures.sdxl_parts import LATENT_CHANNELS, SIZE_WIDTH, SdxlFile
 from library.checkpoint.header import TensorInfo
 from library.checkpoint.keymap import KeyMap
@@ -18,7 +19,6 @@ from library.checkpoint.sdxl_keys import unet
 from library.checkpoint.source import Source
 from library.errors import UserError
 
-SCALING = 0.13025  # of the latents; they are not shifted
 HEAD_WIDTH = 64
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.architectures.base import LatentSpec
+from library.architectures.base import LatentSpec, NpzLayout
 from library.config.check import Problem, conflict
 from library.config.dialect import ELSEWHERE, Record, records
 from library.config.schema import flag
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from library.config.parse import Config
 
 BLOCK_RATES = 23
+SCALING = 0.13025  # of the latents; they are not shifted
 CHUNK_TOKENS = 75
 TOKEN_LENGTHS = (75, 150, 225)
 _DIALECT: tuple[Record, ...] = tuple(records(ELSEWHERE, "v2", "belongs to SD 2.x models", "leave it out"))
@@ -51,6 +52,7 @@ class SdxlOptions:
     dialect: ClassVar[tuple[Record, ...]] = _DIALECT
     # a cell of the coarsest level is 4 x 4 latent cells: sides are multiples of 32 pixels
     latent: ClassVar[LatentSpec] = LatentSpec(channels=4, factor=8, patch=4)
+    npz: ClassVar[NpzLayout] = NpzLayout(("{stem}_{width:04d}x{height:04d}_sdxl.npz",), sized_keys=False, scale=SCALING)
     preview: ClassVar[Prompt] = Prompt("", steps=30, cfg=7.5)  # what a prompt file leaves out
 
     vae: str | None = flag(None, "autoencoder: file, folder or hub id", metavar="PATH", default_text="the checkpoint's own")

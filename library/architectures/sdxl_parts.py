@@ -122,6 +122,18 @@ def open_parts(pretrained: str | Path, *, vae: str | Path | None = None, tokeniz
                      folders["tokenizer_2"], origins)
 
 
+def open_tokenizer(pretrained: str | Path, tokenizer_cache_dir: Path | str | None = None, hub: Hub | None = None) -> Path:
+    """The folder of the first tokenizer, as ``open_parts`` finds it, whatever else is missing. Nothing else is downloaded."""
+    hub, repo = hub or Hub(), repository(pretrained)
+    beside = [Path(tokenizer_cache_dir)] if tokenizer_cache_dir else []
+    try:
+        beside += search_folders(open_checkpoint(CHECKPOINT, pretrained, Hub(hub.cache, offline=True)).path)[0]
+    except UserError:
+        if repo is None:
+            raise
+    return find_tokenizer(TOKENIZER, None, beside, repo, hub).fetch(hub)
+
+
 def describe(source: Source) -> SdxlFile:
     """What the header says. UserError for anything but a trainable SDXL U-Net, saying what it is instead."""
     tensors = source.tensors
