@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all: written aside, fsynced, renamed."""
+"""Files and folders that appear whole or not at all: written aside, fsynced, renamed."""
 
 from __future__ import annotations
 
 import errno
 import glob
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -55,6 +56,41 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 pass
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of ``path`` when the block ends, and vanishes when it raises.
+
+    Two renames, as no system replaces a full folder in one: a run killed between them leaves the previous folder whole under a
+    hidden name beside ``path``, which stands for nothing then. The caller fsyncs what it puts in. UserError as ``atomic_file``.
+    """
+    path = Path(path)
+    new = old = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        yield new
+        with suppress(OSError):
+            os.chmod(new, 0o777 & ~_UMASK)  # mkdtemp makes private folders
+        for folder in [new, *(entry for entry in new.rglob("*") if entry.is_dir())]:
+            _fsync_folder(folder)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".previous", dir=path.parent))  # never swept
+            os.replace(path, old / path.name)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old is not None:
+                os.replace(old / path.name, path)
+            raise
+        new = None
+        _fsync_folder(path.parent)
+    except OSError as error:
+        raise _explain(error, path) from error
+    finally:
+        for folder in filter(None, (new, old)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """``data`` (text as UTF-8) becomes the whole content of ``path``."""
     with atomic_file(path) as file:
@@ -64,13 +100,14 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def sweep(folder: Path, name: str, idle_seconds: float = 3600) -> list[Path]:
     """Remove what killed runs left half-written in ``folder`` of files whose names begin with ``name``; returns the paths.
 
-    Only temporary files that nobody has written to for ``idle_seconds`` go: another run may be writing now.
+    Only temporary files and folders that nobody has written to for ``idle_seconds`` go: another run may be writing now.
     """
     swept = []
     for path in Path(folder).glob(f".{glob.escape(name)}*.tmp"):
         try:
-            if time.time() - path.stat().st_mtime > idle_seconds:
-                path.unlink()
+            touched = [entry.stat().st_mtime for entry in (path, *path.rglob("*"))]  # of a file: its own
+            if time.time() - max(touched) > idle_seconds:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
                 swept.append(path)
         except OSError:
             continue  # gone already, or open in another process on Windows

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from library.config.save_formats import SUFFIXES, is_pipeline
 from library.log import log
 
-SUFFIX = ".safetensors"
+SUFFIX = SUFFIXES["safetensors"]
 Write = Callable[[Path, dict[str, int]], None]
 
 
-def step_name(output_name: str, step: int) -> str:
-    """After optimizer step number ``step`` (from 1)."""
-    return f"{output_name}-step{step:08d}{SUFFIX}"
+def step_name(output_name: str, step: int, suffix: str = SUFFIX) -> str:
+    """After optimizer step number ``step`` (from 1). ``suffix`` here and below: empty for a folder."""
+    return f"{output_name}-step{step:08d}{suffix}"
 
 
-def epoch_name(output_name: str, epoch: int) -> str:
+def epoch_name(output_name: str, epoch: int, suffix: str = SUFFIX) -> str:
     """After ``epoch`` finished epochs."""
-    return f"{output_name}-{epoch:06d}{SUFFIX}"
+    return f"{output_name}-{epoch:06d}{suffix}"
 
 
-def final_name(output_name: str) -> str:
-    return f"{output_name}{SUFFIX}"
+def final_name(output_name: str, suffix: str = SUFFIX) -> str:
+    return f"{output_name}{suffix}"
 
 
 def epochs_between_saves(every_n_epochs: int | None, n_epoch_ratio: int | None, total_epochs: int) -> int | None:
@@ -33,13 +35,16 @@ def epochs_between_saves(every_n_epochs: int | None, n_epoch_ratio: int | None, 
     return every_n_epochs or None
 
 
-def endangered(output_dir: Path, output_name: str, inputs: Iterable[Path]) -> list[Path]:
+def endangered(output_dir: Path, output_name: str, inputs: Iterable[Path], suffix: str = SUFFIX) -> list[Path]:
     """Of ``inputs`` those that a run with this folder and name would sooner or later write over."""
-    ours = re.compile(rf"{re.escape(output_name)}(-step\d{{8,}}|-\d{{6,}})?{re.escape(SUFFIX)}")
+    ours = re.compile(rf"{re.escape(output_name)}(-step\d{{8,}}|-\d{{6,}})?{re.escape(suffix)}")
     folder = output_dir.resolve()
-    places = {path: {path.absolute(), path.resolve()} for path in inputs}  # a link would be replaced itself
-    return sorted(path for path, both in places.items()
-                  if any(place.parent.resolve() == folder and ours.fullmatch(place.name) for place in both))
+
+    def replaced(place: Path) -> bool:  # itself, or with the folder that holds it
+        return any(parent.parent.resolve() == folder and ours.fullmatch(parent.name) for parent in (place, *place.parents))
+
+    # both places of a link: it would be replaced itself
+    return sorted(path for path in inputs if replaced(path.absolute()) or replaced(path.resolve()))
 
 
 def outdated(names: Iterable[str], pattern: re.Pattern[str], current: int, keep: int) -> list[str]:
@@ -56,13 +61,14 @@ class Saver:
 
     ``write`` must put a whole file in place or raise; old files go only after the new one stands. As in the
     dialect ``last_n_steps`` counts steps (a file exactly that many steps old stays) but ``last_n_epochs`` counts saved
-    epochs, that is files. ``protected``: paths that are never removed.
+    epochs, that is files. ``protected``: paths that are never removed. ``suffix``: of the names; empty: folders are written.
     """
 
     def __init__(self, output_dir: Path, output_name: str, *, total_epochs: int, write: Write, every_n_steps: int | None = None,
                  every_n_epochs: int | None = None, n_epoch_ratio: int | None = None, last_n_steps: int | None = None,
-                 last_n_epochs: int | None = None, protected: Iterable[Path] = ()):
+                 last_n_epochs: int | None = None, protected: Iterable[Path] = (), suffix: str = SUFFIX):
         self.output_dir, self.output_name, self.total_epochs, self._write_file = output_dir, output_name, total_epochs, write
+        self.suffix = suffix
         self.every_n_steps = every_n_steps
         self.every_n_epochs = epochs_between_saves(every_n_epochs, n_epoch_ratio, total_epochs)
         self.last_n_steps, self.last_n_epochs = last_n_steps, last_n_epochs
@@ -73,23 +79,23 @@ class Saver:
         """Save when step number ``step`` (from 1) is due."""
         if not self.every_n_steps or step % self.every_n_steps:
             return None
-        path = self._write(step_name(self.output_name, step), step, epoch)
+        path = self._write(step_name(self.output_name, step, self.suffix), step, epoch)
         if self.last_n_steps:
-            self._remove(rf"{re.escape(self.output_name)}-step(\d{{8,}}){re.escape(SUFFIX)}", step, self.last_n_steps + 1)
+            self._remove(rf"{re.escape(self.output_name)}-step(\d{{8,}}){re.escape(self.suffix)}", step, self.last_n_steps + 1)
         return path
 
     def after_epoch(self, epoch: int, step: int) -> Path | None:
         """Save when ``epoch`` finished epochs are due. The last epoch is not: the final file follows."""
         if not self.every_n_epochs or epoch % self.every_n_epochs or epoch >= self.total_epochs:
             return None
-        path = self._write(epoch_name(self.output_name, epoch), step, epoch)
+        path = self._write(epoch_name(self.output_name, epoch, self.suffix), step, epoch)
         if self.last_n_epochs:
             keep = self.last_n_epochs * self.every_n_epochs
-            self._remove(rf"{re.escape(self.output_name)}-(\d{{6,}}){re.escape(SUFFIX)}", epoch, keep)
+            self._remove(rf"{re.escape(self.output_name)}-(\d{{6,}}){re.escape(self.suffix)}", epoch, keep)
         return path
 
     def final(self, step: int, epoch: int) -> Path:
-        return self._write(final_name(self.output_name), step, epoch)
+        return self._write(final_name(self.output_name, self.suffix), step, epoch)
 
     def emergency(self, step: int, epoch: int) -> Path | None:
         """A file of the last complete step when a run is stopped; None before the first step."""
@@ -97,7 +103,7 @@ class Saver:
             return None
         if self.saved_step is not None and self.saved_step[0] == step:
             return self.saved_step[1]
-        return self._write(step_name(self.output_name, step), step, epoch)
+        return self._write(step_name(self.output_name, step, self.suffix), step, epoch)
 
     def _write(self, name: str, step: int, epoch: int) -> Path:
         path = self.output_dir / name
@@ -109,9 +115,12 @@ class Saver:
         names = [entry.name for entry in self.output_dir.iterdir()]
         for name in outdated(names, re.compile(pattern), current, keep):
             path = self.output_dir / name
-            if path.resolve() in self.protected:
+            place = path.resolve()
+            if place in self.protected or any(place in kept.parents for kept in self.protected):
                 continue
+            if not self.suffix and (path.is_symlink() or not is_pipeline(path)):
+                continue  # no folder of ours
             try:
-                path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True) if self.suffix else shutil.rmtree(path)
             except OSError as error:  # on Windows a file that another program has loaded cannot be removed
                 log.warning("%s is no longer kept, but could not be removed: %s", path, error.strerror or error)

@@ -18,7 +18,7 @@ from torch import nn
 
 from library.architectures import sdxl_call, sdxl_text
 from library.architectures.base import TextEncoders
-from library.architectures.sdxl_export import single_file, write_folder
+from library.architectures.sdxl_export import save, saved_bytes
 from library.architectures.sdxl_models import load_clip_g, load_clip_l, load_unet, load_vae
 from library.architectures.sdxl_options import SdxlOptions
 from library.architectures.sdxl_parts import TOKENIZER, TOKENIZER_2, open_parts, open_tokenizer
@@ -26,8 +26,6 @@ from library.architectures.sdxl_preview import sample
 from library.architectures.sdxl_tokens import read_token_meter
 from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
 from library.architectures.vae import encode_image
-from library.checkpoint.metadata import HASH_KEY
-from library.checkpoint.writer import write_safetensors
 from library.config.ddpm_options import DdpmOptions
 from library.config.schema import ModelOptions
 from library.data.tokens import TokenMeter
@@ -149,15 +147,20 @@ class Sdxl:
                       objective.zero_terminal_snr, sampler)
 
     def export(self, modules: Mapping[str, nn.Module], path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str],
-               objective: DdpmOptions, folder: bool = False) -> None:
-        """Write the whole model: as one file, or as a diffusers ``folder``. ``modules``: what trained, by name of part
-        (``unet``, ``clip_l``, ``clip_g``); ``objective`` as it was trained."""
-        facts = {"predicts_velocity": objective.v_parameterization, "zero_terminal_snr": objective.zero_terminal_snr}
-        if folder:
-            write_folder(path, self.parts, modules, dtype, **facts, metadata=metadata)
-            return
-        tensors = single_file(self.parts, modules, dtype, **facts)
-        write_safetensors(path, tensors.entries, tensors.get, metadata, add_hash_key=HASH_KEY if metadata else None)
+               objective: DdpmOptions, save_model_as: str = "safetensors") -> None:
+        """Write the whole model. ``modules``: what trained, by name of part (``unet``, ``clip_l``, ``clip_g``);
+        ``objective`` as it was trained."""
+        save(path, self.parts, modules, dtype, metadata, save_model_as, predicts_velocity=objective.v_parameterization,
+             zero_terminal_snr=objective.zero_terminal_snr)
+
+    @property
+    def save_format(self) -> str:
+        """What ``--save_model_as`` is when it is not given: as the input, but no pickles."""
+        return "safetensors" if self.file.layout == "ldm" else "diffusers_safetensors"
+
+    def saved_bytes(self, dtype: torch.dtype | None) -> int:
+        """About how much room a saved model takes."""
+        return saved_bytes(self.parts, dtype)
 
     def modelspec(self) -> Mapping[str, str]:
         return {"architecture": "stable-diffusion-xl-v1-base",

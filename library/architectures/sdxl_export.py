@@ -19,16 +19,20 @@ from library.architectures.sdxl_models import build_unet, unet_layouts, unet_tab
 from library.architectures.sdxl_options import SCALING
 from library.architectures.sdxl_parts import TOKENIZER, TOKENIZER_2, SdxlParts
 from library.architectures.tokenizers import load_tokenizer
-from library.atomic import write_atomic
+from library.atomic import atomic_folder, write_atomic
 from library.checkpoint.autoencoder_keys import AUTOENCODER_QUANT
 from library.checkpoint.clip_keys import CLIP, CLIP_PROJECTED, OPEN_CLIP
 from library.checkpoint.export import Entry, Export, carry, convert, export_module
 from library.checkpoint.keymap import BoundMap, KeyMap, identity, module_shapes
+from library.checkpoint.metadata import HASH_KEY
+from library.checkpoint.pickle_writer import archive_bytes, write_pickle
 from library.checkpoint.reader import build_on_meta
 from library.checkpoint.sdxl_keys import (CLIP_G_PREFIX, CLIP_L_PREFIX, UNET_PREFIX, V_PREDICTION, VAE_PREFIX,
                                           ZERO_TERMINAL_SNR)
 from library.checkpoint.source import Source
-from library.checkpoint.writer import write_safetensors
+from library.checkpoint.writer import require_room, write_safetensors
+from library.config.save_formats import PIPELINE_INDEX, SUFFIXES, is_pipeline
+from library.errors import UserError
 
 _PREFIXES = {"unet": UNET_PREFIX, "clip_l": CLIP_L_PREFIX, "clip_g": CLIP_G_PREFIX, "vae": VAE_PREFIX}  # of the single file
 _TABLES = {"clip_l": CLIP, "clip_g": OPEN_CLIP, "vae": AUTOENCODER_QUANT}
@@ -39,8 +43,37 @@ _FOLDERS = {
     "clip_g": ("text_encoder_2", "model.safetensors", CLIP_PROJECTED, ("transformers", "CLIPTextModelWithProjection")),
     "vae": ("vae", "diffusion_pytorch_model.safetensors", None, ("diffusers", "AutoencoderKL")),
 }
+_PICKLED = {"diffusion_pytorch_model.safetensors": "diffusion_pytorch_model.bin", "model.safetensors": "pytorch_model.bin"}
 _SCHEDULER = {"_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
               "num_train_timesteps": 1000, "timestep_spacing": "leading", "steps_offset": 1}
+
+
+def save(path: Path, parts: SdxlParts, trained: Mapping[str, nn.Module], dtype: torch.dtype | None, metadata: Mapping[str, str],
+         kind: str, *, predicts_velocity: bool, zero_terminal_snr: bool) -> None:
+    """Write the whole model as ``--save_model_as`` has it; the file or folder appears whole or not at all.
+
+    ``kind``: safetensors or ckpt (one file), diffusers (a folder of .bin files) or diffusers_safetensors. Pickled files hold no
+    metadata. UserError: no room, or a folder in the way that holds something else.
+    """
+    facts = {"predicts_velocity": predicts_velocity, "zero_terminal_snr": zero_terminal_snr}
+    if not SUFFIXES[kind]:
+        if path.exists() and not is_pipeline(path):
+            raise UserError("is there already, and is no diffusers model that could be replaced", place=str(path),
+                            remedy="choose another --output_name, or move it away")
+        require_room(path, saved_bytes(parts, dtype))
+        with atomic_folder(path) as folder:
+            write_folder(folder, parts, trained, dtype, **facts, metadata=metadata, pickled=kind == "diffusers")
+        return
+    tensors = single_file(parts, trained, dtype, **facts)
+    if kind == "ckpt":
+        write_pickle(path, tensors.entries, tensors.get)
+    else:
+        write_safetensors(path, tensors.entries, tensors.get, metadata, add_hash_key=HASH_KEY if metadata else None)
+
+
+def saved_bytes(parts: SdxlParts, dtype: torch.dtype | None) -> int:
+    """About how much room the whole model takes on disk."""
+    return archive_bytes(single_file(parts, {}, dtype).entries)
 
 
 def single_file(parts: SdxlParts, trained: Mapping[str, nn.Module], dtype: torch.dtype | None, *,
@@ -76,13 +109,19 @@ def single_file(parts: SdxlParts, trained: Mapping[str, nn.Module], dtype: torch
 
 def write_folder(folder: Path, parts: SdxlParts, trained: Mapping[str, nn.Module], dtype: torch.dtype | None, *,
                  predicts_velocity: bool = False, zero_terminal_snr: bool = False,
-                 metadata: Mapping[str, str] | None = None) -> None:
-    """The whole model as a diffusers pipeline folder: weights, configurations, tokenizers and a scheduler."""
+                 metadata: Mapping[str, str] | None = None, pickled: bool = False) -> None:
+    """Fill ``folder`` with the whole model as a diffusers pipeline: weights, configurations, tokenizers and a scheduler.
+
+    ``pickled``: weights in PyTorch's .bin files, which hold no metadata.
+    """
     index: dict[str, object] = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     for part, (place, file, table, kind) in _FOLDERS.items():
         export = _export(parts, part, trained, table, dtype, "")
         (folder / place).mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / place / file, export.entries, export.get, {"format": "pt"} | dict(metadata or {}))
+        if pickled:
+            write_pickle(folder / place / _PICKLED[file], export.entries, export.get, key=None)
+        else:
+            write_safetensors(folder / place / file, export.entries, export.get, {"format": "pt"} | dict(metadata or {}))
         _write_config(_module(parts, part, trained), folder / place)
         index[place] = kind
     for place, spec, found in (("tokenizer", TOKENIZER, parts.tokenizer), ("tokenizer_2", TOKENIZER_2, parts.tokenizer_2)):
@@ -99,7 +138,7 @@ def write_folder(folder: Path, parts: SdxlParts, trained: Mapping[str, nn.Module
     _write_json(folder / "scheduler" / "scheduler_config.json",
                 {**_SCHEDULER, "prediction_type": prediction, "rescale_betas_zero_snr": zero_terminal_snr})
     index["scheduler"] = ("diffusers", _SCHEDULER["_class_name"])
-    _write_json(folder / "model_index.json", index)
+    _write_json(folder / PIPELINE_INDEX, index)
 
 
 def _export(parts: SdxlParts, part: str, trained: Mapping[str, nn.Module], table: KeyMap | None, dtype: torch.dtype | None,

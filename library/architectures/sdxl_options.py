@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from library.architectures.base import LatentSpec, NpzLayout
 from library.config.check import Problem, conflict
 from library.config.dialect import ELSEWHERE, Record, records
+from library.config.save_formats import SUFFIXES
 from library.config.schema import flag
 from library.config.values import show
 from library.prompts import Prompt
@@ -53,6 +54,7 @@ class SdxlOptions:
     # a cell of the coarsest level is 4 x 4 latent cells: sides are multiples of 32 pixels
     latent: ClassVar[LatentSpec] = LatentSpec(channels=4, factor=8, patch=4)
     npz: ClassVar[NpzLayout] = NpzLayout(("{stem}_{width:04d}x{height:04d}_sdxl.npz",), sized_keys=False, scale=SCALING)
+    save_formats: ClassVar[tuple[str, ...]] = tuple(SUFFIXES)
     preview: ClassVar[Prompt] = Prompt("", steps=30, cfg=7.5)  # what a prompt file leaves out
 
     vae: str | None = flag(None, "autoencoder: file, folder or hub id", metavar="PATH", default_text="the checkpoint's own")

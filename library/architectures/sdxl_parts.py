@@ -29,8 +29,9 @@ SIZE_WIDTH = 6 * 256  # of the six sizes, as sinusoids, in the vector that the U
 
 
 def _component(folder: str, name: str) -> tuple[str, ...]:
-    """The files of one component of a diffusers pipeline, in full precision and in the half-precision variant."""
-    return f"{folder}/{name}.safetensors", f"{folder}/{name}.fp16.safetensors"
+    """The files of one component of a diffusers pipeline: in full precision, in the half-precision variant, pickled."""
+    pickled = {"model": "pytorch_model"}.get(name, name)
+    return f"{folder}/{name}.safetensors", f"{folder}/{name}.fp16.safetensors", f"{folder}/{pickled}.bin"
 
 
 CHECKPOINT = CheckpointSpec("SDXL", "unet", (*_component("unet", "diffusion_pytorch_model"), "sd_xl_base_1.0.safetensors",

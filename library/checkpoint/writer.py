@@ -47,7 +47,7 @@ def write_safetensors(path: Path, entries: Iterable[Entry | tuple[str, tuple[int
             assert tuple(tensor.shape) == tuple(entry.shape), f"{entry.name}: {tuple(tensor.shape)}, announced {entry.shape}"
             flat = tensor.detach().reshape(-1)
             for start in range(0, flat.numel(), CHUNK_ELEMENTS):
-                data = _bytes(flat[start:start + CHUNK_ELEMENTS], entry, path)
+                data = stored_bytes(flat[start:start + CHUNK_ELEMENTS], entry, path)
                 if hashed is not None:
                     hashed.result()  # one chunk at a time, in order
                 hashed = hasher.submit(digest.update, data) if add_hash_key else None
@@ -88,8 +88,8 @@ def _hash_position(header: bytes, key: str) -> int:
     return header.index(text) + len(text) - len(_HASH_PLACEHOLDER) - 1
 
 
-def _bytes(values: torch.Tensor, entry: Entry, path: Path) -> memoryview:
-    """The stored form of ``values`` (n,). Reads from an accelerator wait here for what was queued before (a sync point)."""
+def stored_bytes(values: torch.Tensor, entry: Entry, path: Path) -> memoryview:
+    """The stored form of ``values`` (n,), checked. Reads from an accelerator wait here for what was queued (a sync point)."""
     wanted = TORCH_DTYPES[entry.dtype]
     stored = values.to(wanted)
     # some versions of torch saturate when they cast to fp8, others make it NaN

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.config.data_options import VALIDATION_SCHEDULE
+from library.config.save_formats import SUFFIXES, is_pipeline
 from library.config.values import show
 from library.errors import UserError, nearest, raise_all
 
@@ -260,12 +261,16 @@ def _caching(config: Config) -> Iterator[Problem]:
 
 def _saving(config: Config) -> Iterator[Problem]:
     saving = config.saving
-    if saving.save_model_as == "ckpt":
-        yield conflict(config, "save_model_as", "ckpt files can run code when they are opened and are not written",
-                       "use --save_model_as safetensors")
-    elif saving.save_model_as != "safetensors":
-        yield conflict(config, "save_model_as", f"not built yet: {saving.save_model_as}",
-                       "use --save_model_as safetensors; diffusers reads it with from_single_file")
+    formats = getattr(config.architecture, "save_formats", ("safetensors",))
+    if saving.save_model_as not in formats:
+        choice = " or ".join(f"--save_model_as {kind}" for kind in formats)
+        yield conflict(config, "save_model_as", f"this model is not saved as {saving.save_model_as}",
+                       f"use {choice}; diffusers reads it with from_single_file")
+    elif not SUFFIXES[saving.save_model_as] and saving.output_dir is not None:
+        folder = saving.output_dir / saving.output_name
+        if folder.exists() and not is_pipeline(folder):
+            yield conflict(config, "output_name save_model_as", f"the model would be saved as the folder {folder}, which is "
+                           "there already and is no diffusers model", "choose another --output_name, or move it away")
     for keep, every in (("save_last_n_steps", "save_every_n_steps"), ("save_last_n_epochs", "save_every_n_epochs")):
         saves = getattr(saving, every) or (every == "save_every_n_epochs" and saving.save_n_epoch_ratio)
         if getattr(saving, keep) and not saves:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from library.atomic import atomic_file, sweep, write_atomic
+from library.atomic import atomic_file, atomic_folder, sweep, write_atomic
 from library.errors import UserError
 
 
@@ -68,3 +68,56 @@ def test_leftovers_of_killed_runs_are_swept_when_nobody_writes_to_them(tmp_path)
     assert sweep(tmp_path, "m[1]") == [old]
     assert sorted(tmp_path.iterdir()) == sorted([fresh, foreign, whole])
     assert sweep(tmp_path / "nowhere", "m") == []
+
+
+def filled(path, text):
+    with atomic_folder(path) as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "a.txt").write_text(text)
+
+
+def test_a_folder_takes_the_place_of_the_old_one_whole(tmp_path):
+    path = tmp_path / "new" / "model"
+    filled(path, "old")
+    (path / "left_over").write_text("")
+    filled(path, "new")
+    assert [entry.relative_to(path).as_posix() for entry in sorted(path.rglob("*"))] == ["part", "part/a.txt"]
+    assert (path / "part" / "a.txt").read_text() == "new" and list(path.parent.iterdir()) == [path]
+    if sys.platform != "win32":
+        (tmp_path / "plain").mkdir()
+        assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("stop"), KeyboardInterrupt()])
+def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path, failure):
+    filled(tmp_path / "model", "old")
+    with pytest.raises(type(failure)):
+        with atomic_folder(tmp_path / "model") as folder:
+            (folder / "half").write_text("of the new")
+            raise failure
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"] and (tmp_path / "model" / "part" / "a.txt").read_text() == "old"
+
+
+def test_the_old_folder_comes_back_when_the_new_one_cannot_be_named(tmp_path, monkeypatch):
+    filled(tmp_path / "model", "old")
+    rename = os.replace
+
+    def refuse(source, target):
+        if str(source).endswith(".tmp"):
+            raise PermissionError(errno.EACCES, "in use", str(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match="cannot write"):
+        filled(tmp_path / "model", "new")
+    assert (tmp_path / "model" / "part" / "a.txt").read_text() == "old"
+    assert not [entry for entry in tmp_path.iterdir() if entry.name != "model"]
+
+
+def test_sweep_removes_folders_that_nobody_has_written_to_lately(tmp_path):
+    for name, age in ((".m.old.tmp", 7200), (".m.new.tmp", 0), (".m.kept.previous", 7200)):
+        (tmp_path / name / "part").mkdir(parents=True)
+        for place in (tmp_path / name / "part", tmp_path / name):
+            os.utime(place, (place.stat().st_mtime - age,) * 2)
+    assert sweep(tmp_path, "m") == [tmp_path / ".m.old.tmp"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".m.kept.previous", ".m.new.tmp"]

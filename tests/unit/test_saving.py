@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from library.log import log
-from library.saving import Saver, epochs_between_saves, outdated
+from library.saving import Saver, endangered, epochs_between_saves, outdated
 
 
 class Folder:
@@ -108,3 +108,44 @@ def test_an_emergency_saves_the_last_complete_step_once(tmp_path):
 
 def test_numbers_above_the_current_one_belong_to_another_run():
     assert outdated(["a-1", "a-5", "a-9"], re.compile(r"a-(\d)"), current=6, keep=1) == ["a-1", "a-5"]
+
+
+# --- folders and other files ----------------------------------------------------------------------------------------------
+
+
+class Folders(Folder):
+    """Saves diffusers folders."""
+
+    def write(self, path, info):
+        path.mkdir()
+        (path / "model_index.json").write_text("{}")
+        self.written.append((path.name, info["step"], info["epoch"]))
+
+
+def test_ckpt_files_have_names_of_their_own(tmp_path):
+    (tmp_path / "m-step00000001.safetensors").write_bytes(b"of another run")
+    left = Folder(tmp_path, every_n_steps=2, last_n_steps=2, suffix=".ckpt").run(6, 6)
+    assert left == ["m-step00000001.safetensors", "m-step00000004.ckpt", "m-step00000006.ckpt", "m.ckpt"]
+
+
+def test_retention_removes_folders_of_models_and_no_others(tmp_path):
+    (tmp_path / "m-step00000001").mkdir()
+    (tmp_path / "m-step00000001" / "holiday.jpg").write_bytes(b"")
+    (tmp_path / "m-000001").write_bytes(b"a file")
+    left = Folders(tmp_path, every_n_steps=2, last_n_steps=2, suffix="").run(6, 6)
+    assert left == ["m", "m-000001", "m-step00000001", "m-step00000004", "m-step00000006"]
+
+
+def test_a_folder_with_a_protected_file_stays(tmp_path):
+    start = tmp_path / "m-step00000001" / "unet" / "weights.safetensors"
+    start.parent.mkdir(parents=True)
+    (tmp_path / "m-step00000001" / "model_index.json").write_text("{}")
+    start.write_bytes(b"the model this run started from")
+    Folders(tmp_path, every_n_steps=2, last_n_steps=2, suffix="", protected=[start]).run(6, 6)
+    assert start.is_file() and not (tmp_path / "m-step00000002").exists()
+
+
+def test_files_in_a_folder_that_would_be_replaced_are_endangered(tmp_path):
+    inputs = [tmp_path / name for name in ("m/unet/a.safetensors", "m-000002/vae/b.safetensors", "m2/c.safetensors", "m.safetensors")]
+    assert endangered(tmp_path, "m", inputs, suffix="") == sorted(inputs[:2])
+    assert endangered(tmp_path, "m", inputs) == inputs[3:]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from library.architectures.clip import build_clip, build_projected_clip
-from library.architectures.sdxl_export import single_file, write_folder
+from library.architectures.sdxl_export import save, saved_bytes, single_file, write_folder
 from library.architectures.sdxl_models import build_unet, load_clip_g, load_clip_l, load_unet, load_vae
 from library.architectures.sdxl_parts import SdxlParts, describe, open_parts, part_specs
 from library.checkpoint.header import TensorInfo
@@ -18,6 +18,8 @@ from library.checkpoint.locate import find
 from library.checkpoint.reader import build_on_meta
 from library.checkpoint.source import Source, open_source
 from library.checkpoint.writer import write_safetensors
+from library.config.save_formats import SUFFIXES, size_of
+from library.errors import UserError
 from tests import tiny, tiny_sdxl
 from tests.tiny_sdxl import make_sdxl_files
 
@@ -160,6 +162,83 @@ def test_single_file_components_are_read_by_diffusers(tmp_path, parts, folder):
         module = cls.from_single_file(str(path), config=str(folder), subfolder=place, local_files_only=True)
         expected, found = mine.state_dict(), module.state_dict()
         assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+# --- what --save_model_as chooses ---------------------------------------------------------------------------------------
+
+
+def save_as(path, kind, parts, trained=None, metadata=None):
+    facts = {"predicts_velocity": True, "zero_terminal_snr": False}
+    save(path, parts, trained_modules(parts) if trained is None else trained, None, metadata or {}, kind, **facts)
+
+
+def everything(parts):
+    """Every weight of every part by module and name."""
+    modules = trained_modules(parts) | {"vae": load_vae(parts.vae, F32)}
+    return {f"{part} {name}": tensor for part, module in modules.items() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", SUFFIXES)
+def test_every_kind_reloads_here_bit_for_bit(tmp_path, files, parts, kind):
+    path = tmp_path / f"model{SUFFIXES[kind]}"
+    save_as(path, kind, parts, metadata={"modelspec.title": "test"})
+    saved = open_parts(path, tokenizer_cache_dir=files.folder, hub=NOWHERE)
+    expected, found = everything(parts), everything(saved)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert saved.unet.predicts_velocity and not saved.unet.zero_terminal_snr
+    assert (saved.unet.source.metadata.get("modelspec.title") == "test") == ("safetensors" in kind)
+    assert size_of(path) <= saved_bytes(parts, None) * 1.1 + 100_000  # texts of tokenizers and configurations come on top
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_ckpt_holds_what_the_safetensors_file_holds(tmp_path, parts):
+    for kind in ("safetensors", "ckpt"):
+        save_as(tmp_path / f"model{SUFFIXES[kind]}", kind, parts)
+    content = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    assert list(content) == ["state_dict"]
+    other = open_source(tmp_path / "model.safetensors")
+    assert content["state_dict"].keys() == other.tensors.keys()
+    assert all(torch.equal(content["state_dict"][name], other.read(name)) for name in other.tensors)
+
+
+def test_pickled_folder_is_read_by_diffusers(tmp_path, parts):
+    from diffusers import StableDiffusionXLPipeline
+
+    save_as(tmp_path / "model", "diffusers", parts)
+    assert not list((tmp_path / "model").rglob("*.safetensors")) and len(list((tmp_path / "model").rglob("*.bin"))) == 4
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "model", local_files_only=True, use_safetensors=False)
+    modules = {"unet": pipeline.unet, "clip_l": pipeline.text_encoder, "clip_g": pipeline.text_encoder_2, "vae": pipeline.vae}
+    found = {f"{part} {name}": tensor for part, module in modules.items() for name, tensor in module.state_dict().items()}
+    expected = everything(parts)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_ckpt_components_are_read_by_diffusers(tmp_path, parts, folder):
+    from diffusers import UNet2DConditionModel
+
+    save_as(tmp_path / "model.ckpt", "ckpt", parts)
+    module = UNet2DConditionModel.from_single_file(str(tmp_path / "model.ckpt"), config=str(folder), subfolder="unet",
+                                                   local_files_only=True)
+    expected = load_unet(parts.unet, F32).state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_only_a_saved_model_is_replaced_and_only_by_a_whole_one(tmp_path, parts):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="is there already, and is no diffusers model"):
+        save_as(tmp_path / "pictures", "diffusers_safetensors", parts, {})
+    assert (tmp_path / "pictures" / "a.jpg").exists()
+    save_as(tmp_path / "model", "diffusers_safetensors", parts, {})
+    (tmp_path / "model" / "old").write_bytes(b"")
+    trained = {"clip_g": load_clip_g(parts.clip_g, F32)}
+    with torch.no_grad():
+        trained["clip_g"].text_projection.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="text_projection.weight.*not finite"):
+        save_as(tmp_path / "model", "diffusers_safetensors", parts, trained)
+    assert (tmp_path / "model" / "old").exists()
+    save_as(tmp_path / "model", "diffusers_safetensors", parts, {})
+    assert not (tmp_path / "model" / "old").exists() and sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "pictures"]
 
 
 # --- full size --------------------------------------------------------------------------------------------------------
