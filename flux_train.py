@@ -5,7 +5,7 @@ import sys
 from library.app import main
 from library.architectures.flux_options import DEFAULTS, FluxOptions
 from library.config.parse import Entry
-from library.config.schema import FlowOptions
+from library.config.flow_options import FlowOptions
 
 ENTRY = Entry(
     program="flux_train.py",

@@ -1,29 +1,40 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained model and pictures: makes .venv, installs, builds a toy checkpoint with FLUX.1's true
-# structure, and trains it on twelve real photographs with the same command that trains the real model.
-# Needs Python 3.11 or newer and a few minutes; no GPU and no downloads besides the packages.
+# From a fresh clone to a trained model and pictures: makes .venv, installs, builds a toy checkpoint with the true structure of
+# FLUX.1 (or of SDXL: bash quickstart.sh sdxl), and trains it on twelve real photographs with the same command that trains
+# the real model. Needs Python 3.11 or newer and a few minutes; no GPU and no downloads besides the packages.
 set -eu
 cd "$(dirname "$0")"
+
+MODEL=flux
+case "${1:-}" in
+    flux | sdxl) MODEL=$1; shift ;;
+    -* | "") ;; # flags of the training script
+    *) echo "error: no quickstart for '$1'; use: bash quickstart.sh [flux|sdxl] [flags of the training script]" >&2; exit 2 ;;
+esac
+case $MODEL in
+    flux) OUT=output/quickstart TITLE=FLUX.1-dev LAYOUT="FLUX.1 single-file layout" ;;
+    sdxl) OUT=output/quickstart_sdxl TITLE=SDXL LAYOUT="SDXL single-file layout, everything in it" ;;
+esac
+
 source tools/environment.sh
 ensure_environment requirements.txt
 
-OUT=output/quickstart
 rm -rf "$OUT"
-"$PYTHON" tools/make_toy_flux.py --output "$OUT/toy"
+"$PYTHON" "tools/make_toy_$MODEL.py" --output "$OUT/toy"
 
 # All cores on an idle machine; OpenMP threads that outnumber free cores make everything slower.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')}"
 echo
-echo "accelerate launch flux_train.py --config_file configs/quickstart/flux.toml"
+echo "accelerate launch ${MODEL}_train.py --config_file configs/quickstart/$MODEL.toml"
 "$PYTHON" -m accelerate.commands.launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    --num_cpu_threads_per_process "$OMP_NUM_THREADS" flux_train.py --config_file configs/quickstart/flux.toml "$@"
+    --num_cpu_threads_per_process "$OMP_NUM_THREADS" "${MODEL}_train.py" --config_file "configs/quickstart/$MODEL.toml" "$@"
 
 cat <<EOT
 
 Done. Look at
   before and after    $OUT/sample/quickstart_contact_sheet.png
   loss curve          $OUT/quickstart_loss.png
-  trained checkpoint  $OUT/quickstart.safetensors   (FLUX.1 single-file layout)
+  trained checkpoint  $OUT/quickstart.safetensors   ($LAYOUT)
   every setting       $OUT/quickstart_config.toml
-Next: the README tells how to train FLUX.1-dev on your own pictures with the same command.
+Next: the README tells how to train $TITLE on your own pictures with the same command.
 EOT

@@ -1,16 +1,18 @@
 #!/usr/bin/env python
-"""Fit the toy autoencoder that the quickstart ships: 16 latent channels, 8x smaller, FLUX's structure and key names.
+"""Fit the toy autoencoders that the quickstart ships: FLUX's kind (16 latent channels) and SDXL's (4), both 8x smaller.
 
     OMP_NUM_THREADS=1 python tools/fit_toy_vae.py --minutes 30 --output configs/quickstart/toy/ae.safetensors
+    OMP_NUM_THREADS=1 python tools/fit_toy_vae.py --kind sdxl --minutes 18 --output configs/quickstart/toy/sdxl_vae.safetensors
 
-That made the shipped file: 42.6 dB on average over the twelve photographs, 37.9 dB on the worst.
+That made the shipped files: 42.6 dB on average over the twelve photographs and 37.9 dB on the worst with 16 channels,
+SDXL_RESULT with 4.
 
-It is fitted to the quickstart's own photographs, so it reconstructs those sharply and anything else only roughly: a
+They are fitted to the quickstart's own photographs, so they reconstruct those sharply and anything else only roughly: a
 part for demonstrations, never for real work. First random 64 px crops at several scales teach it to draw edges and
-textures, then whole pictures at the training sizes make it exact. Its latents are pulled to zero mean and unit deviation
-after FLUX's normalisation, and slightly disturbed before decoding, so that a denoiser's small mistakes stay small.
+textures, then whole pictures at the training sizes make it exact. The latents are pulled to zero mean and unit deviation
+after the model's normalisation, and slightly disturbed before decoding, so that a denoiser's small mistakes stay small.
 
-GroupNorm's 32 groups are a constant of FLUX that its file does not carry. With 32 channels each group would hold one
+GroupNorm's 32 groups are a constant that the files do not carry. With 32 channels each group would hold one
 channel and the norm would erase every channel's mean; hence 64 channels everywhere, two per group.
 """
 
@@ -19,6 +21,7 @@ import math
 import random
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,21 +31,33 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-LATENT_CHANNELS, CHANNELS, GROUPS = 16, 64, 32
-SHIFT, SCALE = 0.1159, 0.3611  # FLUX.1's normalisation of latents: (z - SHIFT) * SCALE
+CHANNELS, GROUPS = 64, 32
 TRAIN_SIZES = {(256, 256): (128, 128), (192, 320): (96, 160), (320, 192): (160, 96)}  # file -> training (width, height)
 CROP = 64
 POSTERIOR_STD = 0.02  # of the normalised latents: small, so that sampling the posterior changes nothing visible
 
 
-def build():
-    """An untrained AutoencoderKL of FLUX's kind (no quant convolutions), residual branches closed."""
+@dataclass(frozen=True)
+class Kind:
+    """What differs between the models. Latents are (z - shift) * scale; ``quant``: a 1x1 convolution on either side of them."""
+
+    latent_channels: int
+    shift: float
+    scale: float
+    quant: bool
+
+
+KINDS = {"flux": Kind(16, 0.1159, 0.3611, False), "sdxl": Kind(4, 0.0, 0.13025, True)}
+
+
+def build(kind: Kind):
+    """An untrained AutoencoderKL, residual branches closed."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(CHANNELS,) * 4, layers_per_block=1, norm_num_groups=GROUPS, latent_channels=LATENT_CHANNELS,
-        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=SCALE, shift_factor=SHIFT,
+        block_out_channels=(CHANNELS,) * 4, layers_per_block=1, norm_num_groups=GROUPS,
+        latent_channels=kind.latent_channels, use_quant_conv=kind.quant, use_post_quant_conv=kind.quant,
     )
     for name, parameter in vae.named_parameters():
         if ".conv2." in name or "to_out" in name:
@@ -104,20 +119,20 @@ def edges(pictures: Tensor) -> tuple[Tensor, Tensor]:
     return pictures[..., 1:, :] - pictures[..., :-1, :], pictures[..., :, 1:] - pictures[..., :, :-1]
 
 
-def loss_of(vae, pictures: Tensor, noise: torch.Generator, disturbance: float) -> Tensor:
-    """Reconstruction (L1, squares, edges) plus the pull of the latents towards what FLUX's normalisation expects."""
-    mean, logvar = vae.encoder(pictures).chunk(2, dim=1)  # (B, 16, h, w) each
-    normal = (mean - SHIFT) * SCALE
+def loss_of(vae, kind: Kind, pictures: Tensor, noise: torch.Generator, disturbance: float) -> Tensor:
+    """Reconstruction (L1, squares, edges) plus the pull of the latents towards what the normalisation expects."""
+    posterior = vae.encode(pictures).latent_dist  # mean and logvar: (B, C, h, w)
+    normal = (posterior.mean - kind.shift) * kind.scale
     amount = disturbance * torch.rand(len(pictures), 1, 1, 1, generator=noise)
     disturbed = normal + amount * torch.randn(normal.shape, generator=noise)
-    result = vae.decoder(disturbed / SCALE + SHIFT)
+    result = vae.decode(disturbed / kind.scale + kind.shift).sample
     error = result - pictures
     reconstruction = error.abs().mean() + 2 * error.square().mean()
     reconstruction = reconstruction + 0.5 * sum((a - b).abs().mean() for a, b in zip(edges(result), edges(pictures)))
     centre = normal.mean((0, 2, 3)).square().mean()
     spread = (normal.std((0, 2, 3)) - 1).square().mean()
-    target_logvar = 2 * torch.log(torch.tensor(POSTERIOR_STD / SCALE))
-    return reconstruction + 0.05 * (centre + spread) + 1e-3 * (logvar - target_logvar).square().mean()
+    target_logvar = 2 * math.log(POSTERIOR_STD / kind.scale)
+    return reconstruction + 0.05 * (centre + spread) + 1e-3 * (posterior.logvar - target_logvar).square().mean()
 
 
 @torch.no_grad()
@@ -125,7 +140,7 @@ def psnr(vae, batches: list[Tensor]) -> list[float]:
     """Peak signal to noise ratio in dB of every photograph, through the mean of the posterior."""
     values = []
     for batch in batches:
-        result = vae.decoder(vae.encoder(batch).chunk(2, dim=1)[0]).clamp(-1, 1)
+        result = vae.decode(vae.encode(batch).latent_dist.mean).sample.clamp(-1, 1)
         error = (result - batch).div(2).square().mean((1, 2, 3))
         values += (-10 * error.log10()).tolist()
     return values
@@ -166,7 +181,8 @@ def make_optimizers(vae) -> list[torch.optim.Optimizer]:
     return [Muon(inner, lr=1e-2), torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def fit(vae, pictures: list[Image.Image], *, minutes: float, seed: int, crops_share: float, disturbance: float) -> None:
+def fit(vae, kind: Kind, pictures: list[Image.Image], *, minutes: float, seed: int, crops_share: float,
+        disturbance: float) -> None:
     """Train in place for so many minutes of this process's CPU time."""
     draw, noise = random.Random(seed), torch.Generator().manual_seed(seed)
     batches = whole_pictures(pictures)
@@ -182,7 +198,7 @@ def fit(vae, pictures: list[Image.Image], *, minutes: float, seed: int, crops_sh
         else:
             shown = batches[step % len(batches)]
             shown = vary(shown, draw) if progress < (1 + crops_share) / 2 else shown
-        loss = loss_of(vae, shown, noise, disturbance)
+        loss = loss_of(vae, kind, shown, noise, disturbance)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for optimizer in optimizers:
@@ -197,34 +213,37 @@ def fit(vae, pictures: list[Image.Image], *, minutes: float, seed: int, crops_sh
 
 
 @torch.no_grad()
-def standardise(vae, batches: list[Tensor]) -> None:
+def standardise(vae, kind: Kind, batches: list[Tensor]) -> None:
     """Fold what is left of scale, channel by channel, into the convolutions on both sides of the latent: an exact change.
 
-    Deviations become 1 after FLUX's normalisation. Means cannot be moved exactly (the decoder's convolution pads with
-    zeros), but the fit has pulled them to within a few hundredths.
+    Deviations become 1 after normalisation. Means are left as they are (the decoder's convolution pads with zeros, so they
+    cannot be moved exactly), but the fit has pulled them to within a few hundredths.
     """
-    latents = torch.cat([vae.encoder(batch)[:, :LATENT_CHANNELS].transpose(0, 1).flatten(1) for batch in batches], dim=1)
-    factor = 1 / (latents.std(1) * SCALE)  # (16,)
-    for parameter in (vae.encoder.conv_out.weight, vae.encoder.conv_out.bias):
-        parameter[:LATENT_CHANNELS] *= factor.view(-1, *[1] * (parameter.dim() - 1))
-    vae.encoder.conv_out.bias[LATENT_CHANNELS:] += 2 * factor.log()  # the posterior's log variance
-    vae.decoder.conv_in.weight /= factor.view(1, -1, 1, 1)
+    latents = torch.cat([vae.encode(batch).latent_dist.mean.transpose(0, 1).flatten(1) for batch in batches], dim=1)
+    factor = 1 / (latents.std(1) * kind.scale)  # (C,)
+    into, out_of = (vae.quant_conv, vae.post_quant_conv) if kind.quant else (vae.encoder.conv_out, vae.decoder.conv_in)
+    for parameter in (into.weight, into.bias):
+        parameter[:kind.latent_channels] *= factor.view(-1, *[1] * (parameter.dim() - 1))
+    into.bias[kind.latent_channels:] += 2 * factor.log()  # the posterior's log variance
+    out_of.weight /= factor.view(1, -1, 1, 1)
 
 
-def save(vae, path: Path) -> None:
-    """As `ae.safetensors` of FLUX.1: BFL's names, here in half precision."""
+def save(vae, kind: Kind, path: Path) -> None:
+    """As `ae.safetensors` of FLUX.1 or `sdxl_vae.safetensors`: the original names, here in half precision."""
+    from library.checkpoint.autoencoder_keys import AUTOENCODER, AUTOENCODER_QUANT
     from library.checkpoint.export import export_module
-    from library.checkpoint.autoencoder_keys import AUTOENCODER
     from library.checkpoint.keymap import module_shapes
     from library.checkpoint.writer import write_safetensors
 
-    tensors = export_module(vae, AUTOENCODER.bind(module_shapes(vae)), dtype=torch.float16)
+    table = AUTOENCODER_QUANT if kind.quant else AUTOENCODER
+    tensors = export_module(vae, table.bind(module_shapes(vae)), dtype=torch.float16)
     metadata = {"modelspec.license": "Apache-2.0", "modelspec.title": "Kiln toy autoencoder"}
     write_safetensors(path, tensors.entries, tensors.get, metadata)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fit the quickstart's autoencoder to its photographs.")
+    parser = argparse.ArgumentParser(description="Fit the quickstart's autoencoders to its photographs.")
+    parser.add_argument("--kind", choices=sorted(KINDS), default="flux")
     parser.add_argument("--photos", type=Path, default=Path("configs/quickstart/photos"), metavar="DIR")
     parser.add_argument("--output", type=Path, default=Path("configs/quickstart/toy/ae.safetensors"), metavar="FILE")
     parser.add_argument("--minutes", type=float, default=30, help="CPU time of this process, not of the clock")
@@ -233,12 +252,13 @@ def main() -> None:
     parser.add_argument("--crops_share", type=float, default=0.2, help="part of the time spent on crops, not on whole pictures")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    vae, pictures = build(), load_photos(arguments.photos)
-    fit(vae, pictures, minutes=arguments.minutes, seed=arguments.seed, crops_share=arguments.crops_share,
+    kind = KINDS[arguments.kind]
+    vae, pictures = build(kind), load_photos(arguments.photos)
+    fit(vae, kind, pictures, minutes=arguments.minutes, seed=arguments.seed, crops_share=arguments.crops_share,
         disturbance=arguments.disturbance)
     batches = whole_pictures(pictures)
-    standardise(vae, batches)
-    save(vae, arguments.output)
+    standardise(vae, kind, batches)
+    save(vae, kind, arguments.output)
     values = psnr(vae, batches)
     print(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.2f} MB, {sum(values) / len(values):.1f} dB, by picture "
           + " ".join(f"{value:.1f}" for value in values))

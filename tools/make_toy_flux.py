@@ -9,20 +9,17 @@ finds the parts beside the checkpoint. The text encoders are random and stay so:
 apart. Same seed, same files.
 """
 
-import argparse
-import logging
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-AUTOENCODER = ROOT / "configs/quickstart/toy/ae.safetensors"
-CAPTIONS = ROOT / "configs/quickstart/photos"
+from tools import toy_parts  # noqa: E402
+
 HEAD_DIM, ROPE_AXES = 32, (4, 14, 14)  # FLUX.1 has heads of 128 with axes (16, 56, 56): the same proportions
-CLIP_WIDTH, CLIP_LAYERS, CLIP_POSITIONS = 64, 2, 77
+CLIP_WIDTH, CLIP_LAYERS = 64, 2
 T5_WIDTH, T5_LAYERS, T5_HEADS, T5_KEY_WIDTH, T5_INNER = 64, 2, 4, 16, 128
 
 
@@ -58,26 +55,6 @@ def make_transformer(size: Size):
     return model
 
 
-def make_clip(vocabulary: int):
-    """CLIPTextModel whose pooled vector depends on all words: the end token, where it is read, adds little of itself."""
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    model = CLIPTextModel(CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=CLIP_WIDTH, projection_dim=CLIP_WIDTH, intermediate_size=4 * CLIP_WIDTH,
-        num_hidden_layers=CLIP_LAYERS, num_attention_heads=CLIP_WIDTH // 64, max_position_embeddings=CLIP_POSITIONS,
-        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
-    ))
-    for name, parameter in model.named_parameters():
-        if "embedding.weight" in name:
-            torch.nn.init.normal_(parameter, std=1.0 if "token" in name else 0.3)
-            if "token" in name:
-                parameter.data[-2:] *= 0.1
-        elif parameter.dim() == 2:
-            torch.nn.init.xavier_uniform_(parameter, gain=1.5)
-    return model
-
-
 def make_t5(vocabulary: int):
     """T5EncoderModel (gated) with embeddings of unit size and sublayers that mix neighbouring words."""
     import torch
@@ -106,12 +83,6 @@ def write(path: Path, module, keymap, dtype, **options) -> None:
     write_safetensors(path, tensors.entries, tensors.get)
 
 
-def caption_words() -> list[str]:
-    """Every word of the quickstart's captions, most frequent first: what the toy tokenizers know as one token."""
-    text = " ".join(path.read_text(encoding="utf-8") for path in sorted(CAPTIONS.glob("*.txt"))).split()
-    return sorted(set(text), key=lambda word: (-text.count(word), word))
-
-
 def make(folder: Path, size: Size, seed: int) -> None:
     """Write the whole set below ``folder``."""
     import torch
@@ -120,26 +91,15 @@ def make(folder: Path, size: Size, seed: int) -> None:
     from tools.toy_tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
-    words = caption_words()
+    words = toy_parts.caption_words()
     vocabularies = write_clip_tokenizer(folder / "clip_l_tokenizer", words), write_t5_tokenizer(folder / "t5xxl_tokenizer", words)
     torch.manual_seed(seed)
-    write(folder / "clip_l.safetensors", make_clip(vocabularies[0]), clip_keys.CLIP, torch.float16)
+    write(folder / "clip_l.safetensors", toy_parts.make_clip(vocabularies[0], CLIP_WIDTH, CLIP_LAYERS), clip_keys.CLIP, torch.float16)
     write(folder / "t5xxl.safetensors", make_t5(vocabularies[1]), flux_keys.T5, torch.float16,
           also=("encoder.embed_tokens.weight",))  # the published file holds the embedding twice
     write(folder / "flux1-dev.safetensors", make_transformer(size), flux_keys.TRANSFORMER, torch.bfloat16)
-    shutil.copyfile(AUTOENCODER, folder / "ae.safetensors")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write an untrained toy FLUX.1-dev for trying things out.")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--size", choices=sorted(SIZES), default="quickstart")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by diffusers; advises packages of no use here
-    make(arguments.output, SIZES[arguments.size], arguments.seed)
-    print(f"toy FLUX.1-dev ({arguments.size}) in {arguments.output}")
+    shutil.copyfile(toy_parts.FITTED / "ae.safetensors", folder / "ae.safetensors")
 
 
 if __name__ == "__main__":
-    main()
+    toy_parts.main("toy FLUX.1-dev", SIZES, make)

@@ -28,14 +28,16 @@ def check(config: Config) -> None:
 def problems(config: Config) -> list[Problem]:
     """Every conflict, with the flags it follows from.
 
-    An architecture's options class may add its own with a method ``problems(config)`` that yields the same pairs.
+    The options class of any section may add its own with a method ``problems(config)`` that yields the same pairs.
     """
     found: list[Problem] = []
-    for rule in (_required, _files, _model, _source, _output, _precision, _length, _optimizer, _objective, _buckets, _validation,
+    for rule in (_required, _files, _model, _source, _output, _precision, _length, _optimizer, _buckets, _validation,
                  _caching, _saving, _sampling, _logging):
         found += rule(config)
-    own = getattr(config.architecture, "problems", None)
-    return found + list(own(config)) if own else found
+    for section in config.entry.sections():
+        own = getattr(getattr(config, section), "problems", None)
+        found += own(config) if own else ()
+    return found
 
 
 def conflict(config: Config, flags: str, message: str, remedy: str) -> Problem:
@@ -152,44 +154,6 @@ def _optimizer(config: Config) -> Iterator[Problem]:
         seen.add(name.strip())
 
 
-# Setting -> (what makes it count, in words for the remedy). Without that a changed value would silently do nothing.
-_OBJECTIVE_NEEDS: dict[str, tuple[Callable, str]] = {
-    "discrete_flow_shift": (lambda flow: flow.timestep_sampling in ("shift", "sigma"), "--timestep_sampling shift"),
-    "sigmoid_scale": (lambda flow: flow.timestep_sampling in ("sigmoid", "shift", "flux_shift"), "--timestep_sampling shift"),
-    "logit_mean": (lambda flow: (flow.timestep_sampling, flow.weighting_scheme) == ("sigma", "logit_normal"),
-                   "--timestep_sampling sigma --weighting_scheme logit_normal"),
-    "logit_std": (lambda flow: (flow.timestep_sampling, flow.weighting_scheme) == ("sigma", "logit_normal"),
-                  "--timestep_sampling sigma --weighting_scheme logit_normal"),
-    "mode_scale": (lambda flow: (flow.timestep_sampling, flow.weighting_scheme) == ("sigma", "mode"),
-                   "--timestep_sampling sigma --weighting_scheme mode"),
-}
-_DENSITIES, _WEIGHTS = ("logit_normal", "mode"), ("sigma_sqrt", "cosmap")
-
-
-def _objective(config: Config) -> Iterator[Problem]:
-    flow, changed = config.objective, config.changed()
-    if not hasattr(flow, "timestep_sampling"):
-        return
-    low, high = flow.min_timestep or 0, 1000 if flow.max_timestep is None else flow.max_timestep
-    if low >= high:
-        yield conflict(config, "min_timestep max_timestep", f"{low} leaves nothing below max_timestep {high}",
-                       "give a smaller min_timestep or a larger max_timestep")
-    for name, (counts, needs) in _OBJECTIVE_NEEDS.items():
-        if name in changed and not counts(flow):
-            yield conflict(config, f"{name} timestep_sampling weighting_scheme",
-                           f"{show(getattr(flow, name))} would have no effect with --timestep_sampling {flow.timestep_sampling} "
-                           f"and --weighting_scheme {flow.weighting_scheme}", f"leave it out, or use {needs}")
-    scheme = flow.weighting_scheme
-    if scheme in _DENSITIES and flow.timestep_sampling != "sigma":
-        yield conflict(config, "weighting_scheme timestep_sampling",
-                       f"{scheme} is a density of levels and has no effect with --timestep_sampling {flow.timestep_sampling}",
-                       "use --timestep_sampling sigma, or --weighting_scheme none")
-    if scheme in _WEIGHTS and flow.model_prediction_type != "sigma_scaled":
-        yield conflict(config, "weighting_scheme model_prediction_type",
-                       f"{scheme} is a weight of the loss and has no effect with --model_prediction_type "
-                       f"{flow.model_prediction_type}", "use --model_prediction_type sigma_scaled, or --weighting_scheme none")
-
-
 def _source(config: Config) -> Iterator[Problem]:
     """There is one description of the data, and it is there. What beside --dataset_config has no effect is only named."""
     data = config.dataset
@@ -262,11 +226,11 @@ def _caching(config: Config) -> Iterator[Problem]:
 def _saving(config: Config) -> Iterator[Problem]:
     saving = config.saving
     formats = getattr(config.architecture, "save_formats", ("safetensors",))
-    if saving.save_model_as not in formats:
+    if saving.save_model_as is not None and saving.save_model_as not in formats:
         choice = " or ".join(f"--save_model_as {kind}" for kind in formats)
         yield conflict(config, "save_model_as", f"this model is not saved as {saving.save_model_as}",
                        f"use {choice}; diffusers reads it with from_single_file")
-    elif not SUFFIXES[saving.save_model_as] and saving.output_dir is not None:
+    elif saving.save_model_as is not None and not SUFFIXES[saving.save_model_as] and saving.output_dir is not None:
         folder = saving.output_dir / saving.output_name
         if folder.exists() and not is_pipeline(folder):
             yield conflict(config, "output_name save_model_as", f"the model would be saved as the folder {folder}, which is "

@@ -64,8 +64,6 @@ def _inert() -> Iterator[Record]:
     yield from records(INERT, "dynamo_backend=", "only read with --torch_compile", neutral=("no", "inductor"))
     yield from records(INERT, "lr_decay_steps= lr_scheduler_num_cycles= lr_scheduler_power= lr_scheduler_timescale= "
                        "lr_scheduler_min_lr_ratio=", "no schedule that is built reads it", neutral=(0, 1))
-    yield from records(INERT, "huber_schedule= huber_c= huber_scale=", "only read with a huber loss",
-                       neutral=("snr", "constant", "exponential", 0.1, 1))
     yield from records(INERT, "noise_offset= noise_offset_random_strength adaptive_noise_scale= multires_noise_iterations= "
                        "multires_noise_discount= zero_terminal_snr min_snr_gamma= scale_v_pred_loss_like_noise_pred "
                        "v_pred_like_loss= debiased_estimation_loss v2 v_parameterization",
@@ -98,7 +96,6 @@ def _later() -> Iterator[Record]:
                        "use --lr_scheduler constant, constant_with_warmup, cosine or linear")
     yield from records(LATER, "use_8bit_adam", "an old name", "write --optimizer_type AdamW8bit")
     yield from records(LATER, "use_lion_optimizer", "not built yet: Lion", "use --optimizer_type AdamW, AdamW8bit or Adafactor")
-    yield from records(LATER, "loss_type=", "not built yet: losses other than l2", "leave it out, or write l2", ("l2",))
     yield from records(LATER, "ip_noise_gamma=", "not built yet: input perturbation", "leave it out", (0,))
     yield from records(LATER, "ip_noise_gamma_random_strength", "not built yet: input perturbation", "leave it out")
     yield from records(LATER, "resume= save_state save_state_on_train_end save_last_n_epochs_state= save_last_n_steps_state=",

@@ -36,9 +36,9 @@ class LossOptions:
         return self.loss_type in _ROUNDED
 
     def problems(self, config: Config) -> Iterator[Problem]:
-        """Settings that would change nothing."""
+        """Settings that would change nothing. A schedule alone asks for nothing: other programs write it into every file."""
         changed = config.changed()
-        for name in ("huber_schedule", "huber_c", "huber_scale"):
+        for name in ("huber_c", "huber_scale"):
             if name in changed and not self.rounded:
                 yield conflict(config, f"{name} loss_type", f"has no effect with --loss_type {self.loss_type}",
                                "leave it out, or use --loss_type huber or smooth_l1")

@@ -18,6 +18,7 @@ from library.config.command_line import asks_for_help, last_of_each, scan
 from library.config.data_options import CachingOptions, DatasetOptions
 from library.config.dialect import DIALECT, INERT, LAUNCHER, Record
 from library.config.help import help_text
+from library.config.loss_options import LossOptions
 from library.config.values import Setting, from_text, from_toml, settings_of, toml_text
 from library.errors import UserError, nearest, raise_all
 from library.toml_lines import Locator, load_toml
@@ -36,8 +37,9 @@ class Entry:
 
     ``defaults`` replaces defaults of shared settings. ``architecture_options`` has class attributes ``latent`` (LatentSpec) and
     ``preview`` (the Prompt whose values a prompt file may leave out), and may have ``dialect`` (Records of flags that it knows
-    but does not offer), ``weights_follow_mixed_precision`` (see ``Config.weights_dtype``) and a method ``problems(config)``
-    (see ``check.problems``).
+    but does not offer), ``weights_follow_mixed_precision`` (see ``Config.weights_dtype``), ``save_formats`` (values of
+    ``--save_model_as``), ``samplers`` (names that a prompt file may give). A class of any section may have a method
+    ``problems(config)`` (see ``check.problems``).
     """
 
     program: str
@@ -52,7 +54,7 @@ class Entry:
         return {
             "model": schema.ModelOptions, "architecture": self.architecture_options, "dataset": DatasetOptions,
             "caching": CachingOptions, "training": schema.TrainingOptions, "optimizer": schema.OptimizerOptions,
-            "objective": self.objective_options, "precision": schema.PrecisionOptions, "memory": schema.MemoryOptions,
+            "objective": self.objective_options, "loss": LossOptions, "precision": schema.PrecisionOptions, "memory": schema.MemoryOptions,
             "saving": schema.SavingOptions, "metadata": schema.MetadataOptions, "sampling": schema.SamplingOptions,
             "logging": schema.LoggingOptions, "general": schema.GeneralOptions,
         }
@@ -84,6 +86,7 @@ class Config:
     training: schema.TrainingOptions
     optimizer: schema.OptimizerOptions
     objective: Any
+    loss: LossOptions
     precision: schema.PrecisionOptions
     memory: schema.MemoryOptions
     saving: schema.SavingOptions

@@ -86,28 +86,6 @@ class MemoryOptions:
 
 
 @dataclass(frozen=True)
-class FlowOptions:
-    """The rectified-flow objective: how noise levels are drawn and what the model is asked for."""
-
-    title: ClassVar[str] = "Objective"
-
-    timestep_sampling: str = flag("shift", "how noise levels are drawn",
-                                  choices=("sigma", "uniform", "sigmoid", "shift", "flux_shift"))
-    weighting_scheme: str = flag(
-        "uniform", "with sigma sampling: density of levels; with sigma_scaled prediction: weight of the loss",
-        choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"), off="none")
-    discrete_flow_shift: float = flag(3.0, "with shift and sigma sampling: above 1 trains noisier levels more", above=0, off="1")
-    sigmoid_scale: float = flag(1.0, "with sigmoid, shift and flux_shift sampling: spread of the normal draw", above=0)
-    logit_mean: float = flag(0.0, "with sigma sampling and logit_normal weighting: mean of the normal draw")
-    logit_std: float = flag(1.0, "with sigma sampling and logit_normal weighting: its standard deviation", above=0)
-    mode_scale: float = flag(1.29, "with sigma sampling and mode weighting: strength of the mode")
-    model_prediction_type: str = flag("raw", "what is compared with the target: the output as it is, with the input added, "
-                                      "or as an estimate of the picture", choices=("raw", "additive", "sigma_scaled"))
-    min_timestep: int | None = flag(None, "least noisy level that is trained, of 1000", minimum=0, maximum=999, default_text="0")
-    max_timestep: int | None = flag(None, "noisiest level that is trained, of 1000", minimum=1, maximum=1000, default_text="1000")
-
-
-@dataclass(frozen=True)
 class SavingOptions:
     title: ClassVar[str] = "Saving"
 
@@ -115,7 +93,8 @@ class SavingOptions:
     output_name: str = flag("last", "file name of the result, without suffix", metavar="NAME")
     save_precision: str | None = flag(None, "dtype in the saved file (float is float32)", choices=("float", "fp16", "bf16"),
                                       default_text="as trained")
-    save_model_as: str = flag("safetensors", "file format", choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"))
+    save_model_as: str | None = flag(None, "file format", choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
+                                     default_text="safetensors; of a diffusers folder another one, where the model can")
     save_every_n_steps: int | None = flag(None, "also save after every N steps", minimum=0, off="0")
     save_every_n_epochs: int | None = flag(None, "also save after every N epochs", minimum=0, off="0")
     save_n_epoch_ratio: int | None = flag(None, "also save about N times over all epochs", minimum=0, off="0")

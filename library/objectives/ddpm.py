@@ -16,7 +16,7 @@ from torch import Tensor
 
 from library.config.ddpm_options import DdpmOptions
 from library.config.loss_options import LossOptions
-from library.objectives.flow import Noisy
+from library.objectives.base import Noisy
 from library.objectives.loss import huber_width, per_sample
 from library.objectives.noise import Draws
 

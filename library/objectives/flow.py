@@ -8,35 +8,28 @@ Letters: B batch, C latent channels, h w latent height and width.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from library.config.loss_options import LossOptions
 from library.objectives import density
+from library.objectives.base import Noisy
+from library.objectives.loss import huber_width, per_sample
 from library.objectives.noise import Draws
 
 if TYPE_CHECKING:
-    from library.config.schema import FlowOptions
+    from library.config.flow_options import FlowOptions
 
 _SMALLEST_WEIGHTED_LEVEL = 1e-3  # sigma_sqrt weights by 1 / sigma^2: a level of 0 would give an infinite weight
-
-
-@dataclass(frozen=True)
-class Noisy:
-    """``x_t`` (B, C, h, w) at ``level`` (B,) = sigma in [0, 1], and the ``target`` (B, C, h, w). All float32."""
-
-    x_t: Tensor
-    level: Tensor
-    target: Tensor
 
 
 class Flow:
     """The objective of flow models, as set by ``FlowOptions``; keeps no state."""
 
-    def __init__(self, options: FlowOptions):
-        self.options = options
+    def __init__(self, options: FlowOptions, loss: LossOptions = LossOptions()):
+        self.options, self.loss_options = options, loss
 
     def level(self, draws: Draws, tokens: int) -> Tensor:
         """Noise levels (B,) float32 in [min_timestep, max_timestep] / 1000; ``tokens``: image tokens of each latent.
@@ -92,6 +85,13 @@ class Flow:
             return output + noisy.x_t
         assert kind == "sigma_scaled", kind
         return noisy.x_t - noisy.level.view(-1, 1, 1, 1) * output
+
+    def losses(self, output: Tensor, noisy: Noisy, mask: Tensor | None = None) -> Tensor:
+        """(B,) float32, unweighted: the output against the target, by ``--loss_type``; ``mask`` (B, 1, h, w) or None."""
+        options, width = self.loss_options, None
+        if options.rounded:
+            width = huber_width(options.huber_schedule, options.huber_c, options.huber_scale, noisy.level)
+        return per_sample(self.prediction(output, noisy), noisy.target, mask, options.loss_type, width)
 
     def weight(self, level: Tensor) -> Tensor:
         """Loss weights (B,) by weighting_scheme; as in the dialect they act on sigma_scaled predictions only.

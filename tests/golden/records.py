@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from library.checkpoint.flux_keys import TRANSFORMER
 from library.checkpoint.keymap import BoundMap, module_shapes
-from library.config.schema import FlowOptions
+from library.config.flow_options import FlowOptions
 from tests.golden.weights import fill_all
 
 DATA = Path(__file__).parent / "data"

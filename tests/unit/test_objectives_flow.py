@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from library.config.schema import FlowOptions
+from library.config.flow_options import FlowOptions
 from library.objectives.flow import Flow, Noisy
 from library.objectives.loss import per_sample
 from library.objectives.noise import Draws, draw
