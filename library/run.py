@@ -6,6 +6,7 @@ The first part needs no torch, so that a dataset mistake costs a second; heavy m
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -79,8 +80,10 @@ def run(entry: Entry, config: Config) -> None:
     plan = plans.StepPlan(data.items, batch_sizes=data.batch_sizes, seed=general.seed, world_size=runtime.world_size,
                           accumulation=config.training.gradient_accumulation_steps)
     total_steps = count_steps(config, plan.steps_per_epoch)
-    for line in [*plans.report(data.items), *findings.brief(findings.gather(data.scan, data.selection, plan))]:
+    for line in plans.report(data.items):
         log.info(line)
+    if runtime.is_main:  # it may read pictures of equal length to see whether they are the same
+        tell(findings.gather(data.scan, data.selection, plan))
     rates = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
     encoded = encode(config, data, arch, runtime, total_steps)
     denoiser = arch.load_denoiser(runtime.device, weights_dtype(config))
@@ -89,8 +92,7 @@ def run(entry: Entry, config: Config) -> None:
     with Outputs(config, runtime, arch, method, denoiser, encoded, data.prompts, data.resolution,
                  total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch,
                  validate=build_validation(config, runtime, data, task)) as outputs:
-        log.info("%d pictures, %d steps an epoch, %d steps in all; ready after %.1f s",
-                 len(data.items), plan.steps_per_epoch, total_steps, time.monotonic() - started)
+        log.info("ready after %.1f s; steps in all: %d", time.monotonic() - started, total_steps)
         outputs.before_training()
         with stop_requested() as stop:  # until here a signal ends the run at once: there is nothing to save yet
             try:
@@ -117,17 +119,23 @@ def show_data(entry: Entry, config: Config) -> None:
     training, path = config.training, config.saving.output_dir / f"{config.saving.output_name}_dataset.html"
     facts = page.Run(config.general.seed, training.max_train_steps, training.max_train_epochs, config.caching.variants,
                      training.gradient_accumulation_steps, int(os.environ.get("WORLD_SIZE") or 1))
-    for line in findings.brief(page.write(path, scanned, facts, open_meter)):
-        log.info(line)
+    tell(page.write(path, scanned, facts, open_meter))
     log.info("the data is shown in %s; nothing was trained", path)
 
 
+def tell(found: Sequence[findings.Finding]) -> None:
+    """What the data looks like, and what is wrong with it, in the log."""
+    for finding, line in zip(found, findings.brief(found), strict=True):
+        log.log({"note": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[finding.severity], line)
+
+
 def fill_caches(entry: Entry, config: Config) -> None:
-    """Encode what a run with these settings would encode before it trains, and nothing else."""
+    """Encode what a run with these settings would keep on disk, and nothing else."""
     begin_log(config)
     data, arch = open_inputs(entry, config)
     runtime = join(config, data)
-    encode(config, replace(data, prompts=()), arch, runtime, config.training.max_train_steps)
+    kept = replace(config.caching, cache_latents=False, cache_text_encoder_outputs=False)  # these two alone keep it in memory
+    encode(replace(config, caching=kept), replace(data, prompts=()), arch, runtime, config.training.max_train_steps)
     runtime.close()
 
 

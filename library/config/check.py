@@ -47,8 +47,12 @@ def missing_file(config: Config, flag: str, path: Path) -> Problem | None:
     """The conflict of a path that is not there, with the nearest name in its folder."""
     if path.exists():
         return None
+    beside = Path(config.place(flag).rsplit(":", 2)[0]).parent / path  # of the file that names it, when it is not a flag
+    if not config.place(flag).startswith("--") and beside.exists():
+        return conflict(config, flag, f"no such file or folder: {path}",
+                        f"paths in this file are looked up from {Path.cwd()}: write {beside}, or start there")
     try:
-        siblings = [entry.name for entry in path.parent.iterdir()]
+        siblings = [entry.name for entry in path.parent.iterdir() if path.suffix in ("", entry.suffix) or entry.stem == path.stem]
         remedy = nearest(path.name, siblings) or "check the spelling of the path"
     except OSError:
         remedy = f"there is no folder {path.parent} either; paths are looked up from {Path.cwd()}"

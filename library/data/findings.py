@@ -4,7 +4,7 @@ second or two; only files that look like duplicates of each other are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -113,18 +113,15 @@ def _sizes(items: Items) -> list[Finding]:
     grown = ~tiny & (scale > ENLARGED)
     found = []
     if tiny.any():
-        rows = _first(tiny, area)
-        found.append(Finding("tiny", "warning", f"{_pictures(tiny)} tiny for {'its' if tiny.sum() == 1 else 'their'} training size", tuple(
-            Example(f"{_name(items, row)} ({_size(items, row)})", items.path(row)) for row in rows),
-            "replace them, or leave them out with skip_image_resolution"))
+        title = f"{_pictures(tiny)} tiny for {_its(tiny)} training size"
+        found.append(Finding("tiny", "warning", title, _examples(items, _first(tiny, area)),
+                             "replace them, or leave them out with skip_image_resolution"))
     if grown.any():
         worst = float(scale[grown].max())
-        found.append(Finding(
-            "enlarged", "warning" if worst > ENLARGED_A_LOT else "note",
-            f"{_pictures(grown)} enlarged, by up to {worst:.1f} times", tuple(
-                Example(f"{_name(items, row)} ({_size(items, row)}, {scale[row]:.1f} times)", items.path(row))
-                for row in _first(grown, -scale)),
-            "bucket_no_upscale = true keeps their size, skip_image_resolution leaves small ones out"))
+        examples = _examples(items, _first(grown, -scale), lambda row: f", {scale[row]:.1f} times")
+        found.append(Finding("enlarged", "warning" if worst > ENLARGED_A_LOT else "note",
+                             f"{_pictures(grown)} enlarged, by up to {worst:.1f} times", examples,
+                             "bucket_no_upscale = true keeps their size, skip_image_resolution leaves small ones out"))
     return found
 
 
@@ -136,9 +133,9 @@ def _cropped(items: Items) -> list[Finding]:
     one_shape = any(not items.specs[int(number)].enable_bucket for number in numpy.unique(_dataset(items)[much]))
     remedy = ("enable_bucket = true gives each picture a bucket of its own shape" if one_shape else
               "wider limits give them buckets of their shape: a smaller min_bucket_reso, a larger max_bucket_reso")
-    return [Finding("cropped", "warning", f"{_pictures(much, 'loses', 'lose')} more than {MUCH_CROPPED:.0%} of their area to the "
-                    "crop", tuple(Example(f"{_name(items, row)} ({_size(items, row)}, {lost[row]:.0%} cut away)", items.path(row))
-                                  for row in _first(much, -lost)), remedy)]
+    title = f"{_pictures(much, 'loses', 'lose')} more than {MUCH_CROPPED:.0%} of {_its(much)} area to the crop"
+    examples = _examples(items, _first(much, -lost), lambda row: f", {lost[row]:.0%} cut away")
+    return [Finding("cropped", "warning", title, examples, remedy)]
 
 
 def _lonely(items: Items) -> list[Finding]:
@@ -165,8 +162,7 @@ def _dropped(items: Items, selection: Selection) -> list[Finding]:
     for reason, rows in selection.dropped.items():
         if len(rows):
             severity, what, remedy = words[reason]
-            examples = tuple(Example(f"{_name(items, int(row))} ({_size(items, int(row))})", items.path(int(row)))
-                             for row in rows[:EXAMPLES])
+            examples = _examples(items, rows[:EXAMPLES].tolist())
             count = f"{len(rows)} {what}" if reason == select.SURPLUS else f"{_count(len(rows))} {what}"
             found.append(Finding(reason, severity, count, examples, remedy))
     # Other notes of the selection: single pictures that cannot be split, folders that are validated on what they train.
@@ -252,6 +248,15 @@ def _first(where: numpy.ndarray, keys: numpy.ndarray) -> list[int]:
     """A few of the rows, those with the lowest keys."""
     rows = numpy.flatnonzero(where)
     return rows[numpy.argsort(keys[rows], kind="stable")[:EXAMPLES]].tolist()
+
+
+def _examples(items: Items, rows: Iterable[int], more: Callable[[int], str] = lambda row: "") -> tuple[Example, ...]:
+    """The pictures with their sizes and what ``more`` says of each."""
+    return tuple(Example(f"{_name(items, row)} ({_size(items, row)}{more(row)})", items.path(row)) for row in rows)
+
+
+def _its(where: numpy.ndarray) -> str:
+    return "its" if where.sum() == 1 else "their"
 
 
 def _count(number: int) -> str:

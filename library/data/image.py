@@ -75,7 +75,7 @@ def mask_to_cells(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def _check_shape(size: Size, resized: Size, place: str) -> None:
     if 2 * abs(resized[0] * size[1] - resized[1] * size[0]) > max(size):  # more than rounding explains
         raise UserError(f"the picture changed its shape to {size[0]}x{size[1]} after it was scanned", place=place,
-                        remedy="start again")
+                        remedy="start again, with --cache_check full if its time is still the old one")
 
 
 def _alpha_part(picture: Decoded, view: View) -> Image.Image:

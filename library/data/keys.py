@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy
 
-from library.data.bucket import resized
 from library.data.items import Items
 
 VERSION = 2  # raise it when the way pictures are decoded, scaled or stored changes
@@ -64,13 +63,6 @@ class LatentKeys:
         return as_keys(keys)
 
 
-def latent_keys(items: Items, content: numpy.ndarray, mask_content: numpy.ndarray | None, identity: str,
-                flip: bool) -> numpy.ndarray:
-    """(N, 16) uint8 for all rows of ``items``; see ``LatentKeys``. ``mask_content`` None: there are no mask files."""
-    masks = numpy.zeros_like(content) if mask_content is None else mask_content
-    return LatentKeys(items, identity).of_many(numpy.arange(len(items)), flip, content, masks)
-
-
 def text_keys(texts: Iterable[str], identity: str, trim: Mapping[str, str]) -> numpy.ndarray:
     """(M, 16) uint8. ``identity`` names the encoders' weights, tokenizers and settings; ``trim``: see ``fill_text``."""
     prefix, keys = _hasher("text", identity, sorted(trim.items())), bytearray()
@@ -98,12 +90,7 @@ def _hasher(*parts: object):
 def _kinds_of_crop(items: Items) -> tuple[numpy.ndarray, list[tuple]]:
     """Which of few kinds each item is, and each kind's (listing, bucket, resized, crop). A set of a million pictures has some
     thousand kinds, so that only a hash of the content is left to do for each picture."""
-    buckets = numpy.array([size for _, size in items.groups], dtype=numpy.int32).reshape(-1, 2)[items.group]
-    dataset = numpy.array([subset.dataset for subset in items.subsets])[items.listing]
-    sizes, scaled = items.sizes, numpy.zeros((len(items), 2), dtype=numpy.int32)
-    for number, spec in enumerate(items.specs):
-        here = dataset == number
-        scaled[here] = resized(sizes[here], buckets[here], spec.rule)
+    buckets, scaled = items.buckets, items.resized
     where = _pair(items.listing, items.group)
     code = _pair(_numbered(where), _numbered(_pair(scaled[:, 0], scaled[:, 1])))
     _, first, kinds = numpy.unique(code, return_index=True, return_inverse=True)

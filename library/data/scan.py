@@ -1,15 +1,17 @@
 """Settings -> items: finds the pictures of all subsets, their sizes and captions, and gives each its bucket.
 
 What was found out is kept where ``index_dir`` says, and a later start reads only what changed: a file counts as unchanged while
-its size and time do. A file written within two seconds of a look is read again by the next one.
+its size and time do. A file written within two seconds of a look is read again by the next one. That goes for pictures, captions
+and mask files alike; the hashes of the bytes of pictures and masks are remembered as long as the file is unchanged.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -30,6 +32,7 @@ from library.errors import UserError
 from library.file_lock import FileLock
 from library.log import log
 
+LARGE = 50_000  # pictures
 LOCK_SECONDS = 900.0  # to wait for another run that looks at the same folder; then this one looks for itself
 
 
@@ -45,18 +48,16 @@ class Scan:
         """Raise UserErrors with the first five errors of each kind and the number of the others."""
         problems.raise_errors(self.problems)
 
-    def warnings(self) -> list[str]:
-        """What does not keep a run from starting, in a line each."""
-        return [str(problem.error) for problem in self.problems if problem.severity == "warning"]
-
-    def remember(self, listing: int, rows: numpy.ndarray, content: numpy.ndarray) -> None:
-        """Keep the content hashes (n, 16) uint8 of rows (n,) of ``items.listings[listing]`` for later runs."""
-        values = self.items.listings[listing].content
-        if values.flags.writeable:
-            values[rows] = content
-        kept = self.kept[listing]
+    def remember(self, listing: int, rows: numpy.ndarray, content: numpy.ndarray,
+                 mask_content: numpy.ndarray | None = None) -> None:
+        """Keep the content hashes (n, 16) uint8 of rows (n,) of ``items.listings[listing]`` for later runs. ``mask_content``:
+        those of their masks, given where the listing has ``masks``."""
+        here, kept = self.items.listings[listing], self.kept[listing]
+        for values, hashes in ((here.content, content), (here.mask_content, mask_content)):
+            if values is not None and hashes is not None and values.flags.writeable:
+                values[rows] = hashes
         if kept is not None:
-            kept.remember(rows, content)
+            kept.remember(rows, content, mask_content)
 
 
 def scan(specs: Sequence[DatasetSpec], *, index_dir: Callable[[SubsetSpec], Path | None] = lambda subset: None,
@@ -84,7 +85,16 @@ def scan(specs: Sequence[DatasetSpec], *, index_dir: Callable[[SubsetSpec], Path
         listings.append(listing)
         kept.append(index)
         gathered += _more_lines(listing, subset)
-    return Scan(_items(tuple(specs), tuple(listings)), tuple(gathered), tuple(kept))
+    found = Scan(_items(tuple(specs), tuple(listings)), tuple(gathered), tuple(kept))
+    if len(found.items) >= LARGE:
+        _give_memory_back()
+    return found
+
+
+def _give_memory_back() -> None:
+    """What a large scan used for a while is some hundred bytes for each picture in small pieces, which glibc would keep."""
+    with suppress(OSError, AttributeError, TypeError):  # other systems have no such function, and no such habit
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _scan_subset(subset: SubsetSpec, folder: Path | None, check: Check, began: int, tally: Tally) -> tuple[Listing, Kept | None]:
@@ -109,8 +119,9 @@ def _scan_subset(subset: SubsetSpec, folder: Path | None, check: Check, began: i
         tally.add(problems.NO_INDEX, kept.folder, UserError(
             f"the index of the pictures cannot be kept in {kept.folder} ({obstacle}): every start looks at them anew",
             place=subset.place, remedy="make the folder writable, or set --cache_dir to another one"))
+        kept.detach()
     return Listing(found.root, columns.names, columns.captions, columns.sizes, columns.name_hash, columns.stamps,
-                   columns.content, columns.weights, columns.masks), kept
+                   columns.content, columns.weights, columns.masks, columns.mask_content), kept
 
 
 @contextmanager

@@ -49,7 +49,8 @@ def check_buckets(lookup: Lookup, path: Steps, spec: DatasetSpec) -> None:
     step_place = lookup.get("bucket_reso_steps", path).place
     area_side = math.isqrt(spec.resolution[0] * spec.resolution[1])
     if spec.bucket_reso_steps > area_side:
-        lookup.error(f"{spec.bucket_reso_steps} is larger than the resolution", step_place, "use a smaller step")
+        lookup.error(f"{spec.bucket_reso_steps} is larger than the resolution", step_place,
+                     f"set a smaller bucket_reso_steps than {spec.bucket_reso_steps}")
         return
     for name in ("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale", "bucket_reso_steps"):
         limit = name in ("min_bucket_reso", "max_bucket_reso")
@@ -147,7 +148,7 @@ def _parents(subset: SubsetSpec) -> Sequence[Path]:
     return subset.image_dir.resolve().parents if subset.image_dir is not None and subset.metadata_file is None else ()
 
 
-def check_run(lookup: Lookup, specs: Sequence[DatasetSpec], caching: CachingOptions) -> None:
+def check_run(lookup: Lookup, specs: Sequence[DatasetSpec]) -> None:
     """What only all datasets together can tell. Says nothing while some of them are wrong."""
     if lookup.errors:
         return

@@ -45,5 +45,5 @@ def draw(seed: int, step: int, sample_ids: Sequence[str], shape: tuple[int, int,
 
 
 def _stream(seed: int, step: int, sample_id: str) -> np.random.Generator:
-    key = hashlib.blake2b(f"{seed}/{step}/{sample_id}".encode(), digest_size=16).digest()
+    key = hashlib.blake2b(f"{seed}/{step}/{sample_id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))

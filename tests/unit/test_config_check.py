@@ -118,6 +118,23 @@ def test_all_conflicts_at_once_with_the_line_of_the_file():
     assert any(line.startswith("train.toml:2: save_model_as:") for line in found)
 
 
+def test_a_path_that_stands_beside_the_configuration_file():
+    Path("folder/data2.toml").write_text("")
+    Path("folder/train.toml").write_text("dataset_config = 'data2.toml'\n")
+    config = parse(ENTRY, ["--config_file", "folder/train.toml", *REQUIRED[:2], *REQUIRED[4:]], {})
+    with pytest.raises(UserError) as caught:
+        check(config)
+    (line,) = caught.value.problems
+    assert line.startswith("folder/train.toml:1: dataset_config: no such file or folder: data2.toml; paths in this file are looked up")
+    assert line.endswith("write folder/data2.toml, or start there")
+
+
+def test_the_nearest_name_is_one_of_the_same_kind():
+    Path("log_data2.txt").write_text("")
+    (line,) = lines("--dataset_config", "data2.toml")
+    assert line.endswith("did you mean 'data.toml'?")
+
+
 def test_nothing_given():
     with pytest.raises(UserError) as caught:
         check(parse(ENTRY, [], {}))

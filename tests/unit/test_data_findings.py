@@ -7,13 +7,14 @@ import numpy
 import pytest
 
 from library.data import findings
+from library.data.bucket import assign
 from library.data.duplicates import duplicates
 from library.data.findings import Finding, brief, gather
 from library.data.plan import StepPlan
 from library.data.scan import Scan
 from library.data.select import Selection, select
 from library.data.tokens import TokenCount
-from tests.unit.data_helpers import made_up_items, picture, scan_folder
+from tests.unit.data_helpers import SMALL, dataset_file, made_up_items, picture, scan_file, scan_folder
 
 
 def found_in(scan: Scan, tokens=(), **how) -> dict[str, Finding]:
@@ -25,7 +26,9 @@ def found_in(scan: Scan, tokens=(), **how) -> dict[str, Finding]:
 def of_sizes(*sizes, **spec) -> dict[str, Finding]:
     """The findings about made-up pictures at a resolution of 64 x 64."""
     items = made_up_items(sizes)
-    items = replace(items, specs=tuple(replace(each, **spec) for each in items.specs))
+    specs = tuple(replace(each, **spec) for each in items.specs)
+    group, buckets = assign(items.sizes, specs[0].rule)
+    items = replace(items, specs=specs, group=group, groups=tuple((0, bucket) for bucket in buckets))
     plan = StepPlan(items, [each.batch_size for each in items.specs], 1)
     nothing = Selection(items, items.take(numpy.zeros(len(items), dtype=bool)), {}, ())
     return {finding.kind: finding for finding in gather(Scan(items, (), (None,)), nothing, plan)}
@@ -39,9 +42,11 @@ def test_good_data_have_nothing_but_the_length_of_an_epoch():
 
 def test_tiny_and_enlarged_pictures_are_told_apart():
     found = of_sizes((128, 128), (20, 20), (50, 50), (32, 32), (63, 63))
-    assert found["tiny"].title == "1 picture is tiny for its training size" and "001.png (20x20)" in found["tiny"].examples[0].text
+    assert found["tiny"].title == "1 picture is tiny for its training size"
+    assert found["tiny"].examples[0].text == "001.png (20x20)"
     assert found["enlarged"].title == "2 pictures are enlarged, by up to 2.0 times" and found["enlarged"].severity == "warning"
-    assert [example.text for example in found["enlarged"].examples] == ["003.png (32x32, 2.0 times)", "002.png (50x50, 1.3 times)"]
+    examples = [example.text for example in found["enlarged"].examples]
+    assert examples == ["003.png (32x32, 2.0 times)", "002.png (50x50, 1.3 times)"]
     assert of_sizes((50, 50))["enlarged"].severity == "note"
 
 
@@ -52,7 +57,7 @@ def test_tiny_without_enlarging():
 
 def test_heavy_cropping_names_the_remedy_that_fits():
     found = of_sizes((400, 100), (128, 128), enable_bucket=False)
-    assert found["cropped"].title == "1 picture loses more than 25% of their area to the crop"
+    assert found["cropped"].title == "1 picture loses more than 25% of its area to the crop"
     assert "75% cut away" in found["cropped"].examples[0].text and "enable_bucket" in found["cropped"].remedy
     assert "min_bucket_reso" in of_sizes((1000, 100))["cropped"].remedy
 
@@ -85,7 +90,8 @@ def test_what_settings_leave_out(folder):
     found = found_in(scan_folder(folder, more="skip_image_resolution = 64\nvalidation_split = 0.34"))
     assert found["skip_image_resolution"].title == "1 picture left out because of skip_image_resolution"
     assert found["skip_image_resolution"].examples[0].path.name == "small.png"
-    assert found["validation_split"].title == "2 pictures held out for validation" and found["validation_split"].severity == "note"
+    assert found["validation_split"].title == "2 pictures held out for validation"
+    assert found["validation_split"].severity == "note"
 
 
 def test_copies_are_found_by_their_bytes(folder):
@@ -116,8 +122,6 @@ def test_known_hashes_spare_the_reading(folder):
 
 
 def test_a_folder_in_two_datasets_is_no_copy_of_itself(tmp_path, folder):
-    from tests.unit.data_helpers import SMALL, dataset_file, scan_file
-
     subset = f"[[datasets.subsets]]\nimage_dir = '{folder.as_posix()}'\n"
     text = "".join(f"[[datasets]]\nresolution = {size}\n{SMALL}\n{subset}" for size in (64, 128))
     scan = scan_file(dataset_file(tmp_path, text))
@@ -135,7 +139,8 @@ def test_captions_that_are_too_long(folder):
 
 
 def test_the_worst_comes_first_and_the_log_gets_a_line_each():
-    made = [Finding("a", "note", "a note", remedy="rest"), Finding("b", "warning", "a warning", (findings.Example("x.png"),), "mend it"),
+    made = [Finding("a", "note", "a note", remedy="rest"),
+            Finding("b", "warning", "a warning", (findings.Example("x.png"),), "mend it"),
             Finding("c", "error", "an error")]
     assert [each.kind for each in findings.worst_first(made)] == ["c", "b", "a"]
     assert brief(made) == ["a note", "a warning (such as x.png); mend it", "an error"]

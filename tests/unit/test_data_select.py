@@ -51,13 +51,13 @@ def test_every_picture_is_in_one_place(items):
     assert (chosen.validation.repeats == 1).all() and (chosen.train.repeats >= 1).all()
     assert not any(each.subset.is_reg for each in chosen.validation)
     for number, spec in enumerate(items.specs):
-        here = [each for each in chosen.train if each.dataset == number]
+        here = [each for each in chosen.train if each.subset.dataset == number]
         training = sum(each.repeats for each in here if not each.subset.is_reg)
         regular = sum(each.repeats for each in here if each.subset.is_reg)
-        usable = sum(each.subset.is_reg and each.dataset == number and (spec.skip_image_resolution is None or
+        usable = sum(each.subset.is_reg and each.subset.dataset == number and (spec.skip_image_resolution is None or
                      each.size[0] * each.size[1] > 66 * 64) for each in items)
         assert training > 0 and regular == (training if usable else 0)
-        for each in (*here, *(each for each in chosen.validation if each.dataset == number)):
+        for each in (*here, *(each for each in chosen.validation if each.subset.dataset == number)):
             assert spec.skip_image_resolution is None or each.size[0] * each.size[1] > 66 * 64
 
 
@@ -96,7 +96,7 @@ def test_each_subset_gives_its_share_and_a_folder_in_two_datasets_the_same_one()
         return [made_subset(names(20), (64, 64), root="/one"), made_subset(names(10, "x"), (64, 64), root="/two")], keys
     keys = dict(validation_split=0.3)
     chosen = select(made_items(dataset(), dataset()))
-    first, second = ({each.path for each in chosen.validation if each.dataset == number} for number in (0, 1))
+    first, second = ({each.path for each in chosen.validation if each.subset.dataset == number} for number in (0, 1))
     assert first == second and len(chosen.validation) == 2 * len(first) == 18
     assert not {each.path for each in chosen.train} & first
     assert not any("may be trained on" in note for note in chosen.notes)

@@ -1,5 +1,6 @@
 """What training reads is the same with caches and without; models are loaded only when something has to be encoded."""
 
+import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from library.data.image import load_view, to_signal
 from library.data.plan import StepPlan
 from library.data.select import select
 from library.data.showing import Course
-from library.encode import CaptionVariants, encode_all, without_padding
+from library.encode import Announce, CaptionVariants, encode_all, without_padding
 from library.prompts import Prompt
 from tests.unit.data_helpers import one_folder, picture
 
@@ -188,7 +189,7 @@ def test_prompts_are_encoded_and_the_autoencoder_is_kept_for_them(selection, tmp
 def test_padding_after_the_last_token_is_zero_and_nothing_else():
     mask = torch.tensor([[True, False, True, False], [False] * 4])
     made = without_padding({"states": torch.ones(2, 4, 3), "mask": mask, "other": torch.ones(2)}, {"states": "mask"})
-    assert made["states"][..., 0].tolist() == [[1, 1, 1, 0], [0, 0, 0, 0]] and made["other"].tolist() == [1, 1]
+    assert made["states"][..., 0].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]] and made["other"].tolist() == [1, 1]
     assert numpy.array_equal(made["mask"], mask)
 
 
@@ -198,3 +199,16 @@ def test_flips_are_seen(selection, tmp_path):
     encoded, _ = run(Model(), selection, caching(tmp_path, **IN_MEMORY), 3)
     store, rows = encoded.train.latents.store, encoded.train.latents.rows
     assert not torch.equal(store.read(rows[0, 0])["latents"], store.read(rows[0, 1])["latents"])
+
+
+def test_a_cache_says_what_it_encoded_or_that_all_was_there(caplog, monkeypatch):
+    monkeypatch.setattr("library.log.log.propagate", True)
+    with caplog.at_level(logging.INFO):
+        Announce("latents").close(12)
+        some = Announce("text outputs")
+        some(3, 5, 2)
+        some(5, 5, 4)
+        some.close(12)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == "cached latents: all 12 are there already"
+    assert second.startswith("encoded text outputs 4/4, ")

@@ -55,3 +55,8 @@ def test_values_are_frozen():
     draws = draw(42, 10, ["photos/cat.png#0"], (1, 1, 2))
     values = [draws.uniform.item(), draws.normal.item(), *draws.noise.flatten().tolist()]
     assert values == pytest.approx(FROZEN, abs=1e-6)
+
+
+def test_names_that_are_not_utf_8():
+    draws = [draw(1, 0, [f"0.0/{letter}.png"], (1, 2, 2)).noise for letter in ("\udcff", "\udcfe")]
+    assert not torch.equal(*draws)
