@@ -20,7 +20,7 @@ from library.data.image import mask_to_cells, to_signal
 from library.data.items import Items
 from library.data.keys import cache_folders
 from library.data.select import Selection
-from library.data.showing import Course, texts
+from library.data.showing import Course, variant_count, variant_text
 from library.data.store import Store
 from library.dist import Runtime
 from library.log import log
@@ -169,16 +169,17 @@ class CaptionVariants(Sequence[str]):
         return len(self.items) * self.count
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices: nobody needs them
-        item, variant = divmod(index, self.count)
-        return self._of(item)[variant]
+        item, number = divmod(index, self.count)
+        rules = self.items.subset(item).captions
+        return variant_text(self.items.caption(item), rules, self.items.sample_id(item), self.course,
+                            number % variant_count(rules, self.course))
 
     def __iter__(self) -> Iterator[str]:
         for item in range(len(self.items)):
-            yield from self._of(item)
-
-    def _of(self, item: int) -> list[str]:
-        made = texts(self.items.caption(item), self.items.subset(item).captions, self.items.sample_id(item), self.course)
-        return [made[variant % len(made)] for variant in range(self.count)]
+            words, rules, item_id = self.items.caption(item), self.items.subset(item).captions, self.items.sample_id(item)
+            made = [variant_text(words, rules, item_id, self.course, number)
+                    for number in range(variant_count(rules, self.course))]
+            yield from (made[number % len(made)] for number in range(self.count))
 
 
 def as_cached(value: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy
 
 from library.data.index import Columns, equal, join
+from library.data.keys import KEY_BYTES
 from library.data.listing import Found
 from library.data.look import CHUNK, UNKNOWN, Chunk, Looked, Rules, look_at
 from library.data.problems import Tally
@@ -50,7 +51,7 @@ class _Draft:
         self.caption_stamps = self._of_old("caption_stamps", (2,), numpy.int64, UNKNOWN)
         self.sizes = self._of_old("sizes", (2,), numpy.int32)
         self.name_hash = self._of_old("name_hash", (), numpy.uint64)
-        self.content = self._of_old("content", (16,), numpy.uint8)
+        self.content = self._of_old("content", (KEY_BYTES,), numpy.uint8)
         self.mask_stamps, self.mask_content = self._masks_of_old()
         self.hashed = numpy.full(self.count, old is not None) if self.origin is None else self.origin >= 0
         self.parts, self.part, self.row = [Strings.of([]) if old is None else old.captions], None, None
@@ -110,7 +111,7 @@ class _Draft:
         if old is not None and self.origin is None and equal(masks, old.masks):
             return old.mask_stamps.copy(), old.mask_content.copy()
         stamps = numpy.full((self.count, 2), UNKNOWN, dtype=numpy.int64)
-        content = numpy.zeros((self.count, 16), dtype=numpy.uint8)
+        content = numpy.zeros((self.count, KEY_BYTES), dtype=numpy.uint8)
         if old is not None and old.masks is not None:
             origin = numpy.arange(self.count) if self.origin is None else self.origin
             same = numpy.array([at >= 0 and old.masks[at] == mask for mask, at in zip(masks, origin.tolist(), strict=True)],

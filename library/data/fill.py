@@ -35,7 +35,7 @@ from library.data.filling import (
 )
 from library.data.image import load_view, mask_to_cells
 from library.data.items import Items
-from library.data.keys import SIZE, UNKNOWN, LatentKeys, as_keys, content_hash
+from library.data.keys import KEY_BYTES, UNKNOWN, LatentKeys, as_keys, content_hash
 from library.errors import UserError, raise_all
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class _Latents:
                  folder: numpy.ndarray, flips: bool, ranks: Ranks, progress: Progress | None, remember: Remember | None):
         self.items, self.store, self.encode, self.batch_size = items, store, encode, batch_size
         self.folder, self.ranks, self.progress, self._remember = folder, ranks, progress, remember
-        self.hashes = numpy.zeros((len(items), 2, SIZE), dtype=numpy.uint8)  # of the picture, of its mask file
+        self.hashes = numpy.zeros((len(items), 2, KEY_BYTES), dtype=numpy.uint8)  # of the picture, of its mask file
         self.hashes[:, 0] = items.column("content")
         self.masked = numpy.zeros(len(items), dtype=bool)  # rows that have a mask file
         self._take_masks()
@@ -125,7 +125,7 @@ class _Latents:
         self.flipped = flipping[items.listing]
         self.rows = numpy.full((len(items), 2), -1, dtype=numpy.int64)
         self._stale = numpy.ones(len(items), dtype=bool)  # rows whose keys do not fit their content
-        self._keys = [numpy.zeros((len(items), SIZE), dtype=numpy.uint8) for _ in range(2)]
+        self._keys = [numpy.zeros((len(items), KEY_BYTES), dtype=numpy.uint8) for _ in range(2)]
         self._claimed: set[bytes] = set()
         self._lock = threading.Lock()
 
@@ -161,7 +161,7 @@ class _Latents:
         lacking = numpy.flatnonzero(~known | (self.rows[:, 0] < 0) | (self.flipped & (self.rows[:, 1] < 0)))
         # Rows of equal content differ in nothing that is encoded, save where only one of them is flipped: that one comes first.
         order = lacking[numpy.lexsort((lacking, ~self.flipped[lacking]))]
-        names = numpy.ascontiguousarray(self._keys[0][order]).view(f"V{SIZE}").reshape(-1)
+        names = numpy.ascontiguousarray(self._keys[0][order]).view(f"V{KEY_BYTES}").reshape(-1)
         _, first = numpy.unique(names, return_index=True)
         todo = numpy.concatenate([order[first][known[order[first]]], order[~known[order]]])
         return todo[numpy.lexsort((todo, self.items.group[todo], self.folder[todo]))]
@@ -177,11 +177,11 @@ class _Latents:
 
         def keep() -> None:
             nonlocal kept, kept_at
-            self.remember(numpy.array(rows[kept:], dtype=numpy.int64), _pairs(hashes[2 * SIZE * kept:]))
+            self.remember(numpy.array(rows[kept:], dtype=numpy.int64), _pairs(hashes[2 * KEY_BYTES * kept:]))
             kept, kept_at = len(rows), time.monotonic()
 
-        with FolderWriter(self.store, written) as writer, ThreadPoolExecutor(thread_count(self.ranks)) as pool:
-            decoded = ahead(pool, self._decode, mine, 2 * thread_count(self.ranks) + 2 * self.batch_size)
+        with FolderWriter(self.store, written) as writer, ThreadPoolExecutor(thread_count()) as pool:
+            decoded = ahead(pool, self._decode, mine, 2 * thread_count() + 2 * self.batch_size)
 
             def told() -> Iterator[_Decoded]:
                 for number, one in enumerate(decoded, 1):
@@ -327,7 +327,7 @@ class _Latents:
 
 def _pairs(hashes: bytes | bytearray) -> numpy.ndarray:
     """Hashes of pictures and masks in turn -> (n, 2, 16) uint8."""
-    return as_keys(hashes).reshape(-1, 2, SIZE)
+    return as_keys(hashes).reshape(-1, 2, KEY_BYTES)
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -3,7 +3,6 @@ while the next batch is computed, and questions asked before a disk is full."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy
 import torch
 
-from library.data.keys import SIZE
+from library.data.cores import own_cores
+from library.data.keys import KEY_BYTES
 from library.errors import UserError, UserErrors, raise_all
 
 if TYPE_CHECKING:
@@ -107,10 +107,9 @@ def ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], inputs: Iterable[T],
         futures += [pool.submit(work, one) for one in islice(waiting, 1)]
 
 
-def thread_count(ranks: Ranks) -> int:
+def thread_count() -> int:
     """Threads that decode: the cores of this process's share of its machine, within reason."""
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks.world_size)
-    return max(2, min(8, (os.cpu_count() or 1) // neighbours))
+    return max(2, min(8, own_cores()))
 
 
 def leaving(values: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -196,7 +195,7 @@ def _amount(size: float) -> str:
 
 def _share(ranks: Ranks, store: Store, keys: list[bytes]) -> None:
     """Memory stores: every rank gets what the others encoded, a piece at a time."""
-    rows = store.find(numpy.frombuffer(b"".join(keys), dtype=numpy.uint8).reshape(-1, SIZE)).tolist()
+    rows = store.find(numpy.frombuffer(b"".join(keys), dtype=numpy.uint8).reshape(-1, KEY_BYTES)).tolist()
     pieces = _pieces(store.export(rows))
     while True:
         part = next(pieces, None)

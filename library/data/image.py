@@ -22,8 +22,7 @@ from PIL import Image
 from library.data.augment import View
 from library.data.bucket import Placement, Size
 from library.data.color import recolor
-from library.data.decode import Decoded, decoded
-from library.data.header import TRANSPOSE
+from library.data.decode import Decoded, decoded, upright
 from library.errors import UserError
 
 _FILTERS = {
@@ -113,7 +112,7 @@ def _part(picture: Image.Image, turn: int, place: Placement, interpolation: str)
         part = picture.crop((round(x[0]), round(y[0]), round(x[1]), round(y[1])))
     else:
         part = picture.resize(target, _filter(interpolation, size, place.resized), box=(x[0], y[0], x[1], y[1]))
-    return part.transpose(TRANSPOSE[turn]) if turn in TRANSPOSE else part
+    return upright(part, turn)
 
 
 def _filter(interpolation: str, size: Size, resized: Size) -> Image.Resampling:

@@ -23,6 +23,7 @@ from typing import BinaryIO
 import numpy
 
 from library.atomic import atomic_file, sweep, write_atomic
+from library.data.keys import KEY_BYTES
 from library.data.strings import Strings
 from library.file_lock import try_lock, unlock
 
@@ -192,7 +193,7 @@ def _write_rows(file: BinaryIO, rows: numpy.ndarray, hashes: numpy.ndarray) -> N
     """Rows (n,) in order, hashes (n, 16); neighbours are written in one piece."""
     starts = numpy.flatnonzero(numpy.diff(rows, prepend=-2) != 1)
     for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
-        file.seek(int(rows[start]) * 16)
+        file.seek(int(rows[start]) * KEY_BYTES)
         file.write(hashes[start:end].tobytes())
 
 
@@ -274,7 +275,7 @@ def _check(columns: Columns) -> None:
 def _read_content(path: Path, count: int, masks: bool) -> tuple[numpy.ndarray, numpy.ndarray | None]:
     """The content hashes (count, 16) of the pictures and, with ``masks``, of the masks; zeros without a file that fits. Mapped
     ones cannot be written to, but show what is written to the file."""
-    hashes = numpy.zeros((count * (2 if masks else 1), 16), dtype=numpy.uint8)
+    hashes = numpy.zeros((count * (2 if masks else 1), KEY_BYTES), dtype=numpy.uint8)
     with suppress(OSError), open(path, "rb") as file:
         values = numpy.frombuffer(_buffer(file), numpy.uint8)
         if len(values) == hashes.nbytes:

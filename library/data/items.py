@@ -111,6 +111,11 @@ class Items(Sequence[Item]):
         return self.column("sizes")
 
     @property
+    def dataset(self) -> numpy.ndarray:
+        """(N,) int32: index into ``specs``."""
+        return numpy.array([number for number, _ in self.groups], dtype=numpy.int32)[self.group]
+
+    @property
     def buckets(self) -> numpy.ndarray:
         """(N, 2) int32."""
         return numpy.array([bucket for _, bucket in self.groups], dtype=numpy.int32).reshape(-1, 2)[self.group]
@@ -118,12 +123,17 @@ class Items(Sequence[Item]):
     @property
     def resized(self) -> numpy.ndarray:
         """(N, 2) int32: what pictures are scaled to before they are cut to their buckets."""
-        dataset = numpy.array([number for number, _ in self.groups], dtype=numpy.int32)[self.group]
-        sizes, buckets, result = self.sizes, self.buckets, numpy.empty((len(self), 2), dtype=numpy.int32)
+        dataset, sizes, buckets = self.dataset, self.sizes, self.buckets
+        result = numpy.empty((len(self), 2), dtype=numpy.int32)
         for number, spec in enumerate(self.specs):
             here = dataset == number
             result[here] = resized(sizes[here], buckets[here], spec.rule)
         return result
+
+    @property
+    def kept_shares(self) -> numpy.ndarray:
+        """(N,) float64: how much of the scaled picture's area lies inside its bucket."""
+        return self.buckets.prod(axis=1, dtype=numpy.int64) / self.resized.prod(axis=1, dtype=numpy.int64)
 
     def column(self, name: str) -> numpy.ndarray:
         """A column of the listings, for the rows of this selection. A copy."""

@@ -17,8 +17,8 @@ from library.data.items import Items
 
 VERSION = 2  # raise it when the way pictures are decoded, scaled or stored changes
 FOLDER = ".kiln_cache"
-SIZE = 16  # bytes of a hash and of a key
-UNKNOWN = bytes(SIZE)  # the content hash of a file that nobody has read yet
+KEY_BYTES = 16  # of a content hash and of a key
+UNKNOWN = bytes(KEY_BYTES)  # the content hash of a file that nobody has read yet
 
 
 def folder_of(root: Path, cache_dir: Path | None) -> Path:
@@ -35,7 +35,7 @@ def cache_folders(items: Items, cache_dir: Path | None) -> tuple[tuple[Path, ...
 
 def content_hash(data: bytes) -> bytes:
     """16 bytes that stand for a file's content."""
-    return blake2b(data, digest_size=SIZE).digest()
+    return blake2b(data, digest_size=KEY_BYTES).digest()
 
 
 class LatentKeys:
@@ -75,16 +75,16 @@ def text_keys(texts: Iterable[str], identity: str, trim: Mapping[str, str]) -> n
 
 def as_keys(data: bytes | bytearray) -> numpy.ndarray:
     """Hashes end to end -> (N, 16) uint8."""
-    return numpy.frombuffer(bytes(data), dtype=numpy.uint8).reshape(-1, SIZE)
+    return numpy.frombuffer(bytes(data), dtype=numpy.uint8).reshape(-1, KEY_BYTES)
 
 
 def _split(hashes: numpy.ndarray) -> list[bytes]:
     data = numpy.ascontiguousarray(hashes).tobytes()
-    return [data[start:start + SIZE] for start in range(0, len(data), SIZE)]
+    return [data[start:start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
 
 
 def _hasher(*parts: object):
-    return blake2b(json.dumps([VERSION, *parts]).encode() + b"\0", digest_size=SIZE)
+    return blake2b(json.dumps([VERSION, *parts]).encode() + b"\0", digest_size=KEY_BYTES)
 
 
 def _kinds_of_crop(items: Items) -> tuple[numpy.ndarray, list[tuple]]:

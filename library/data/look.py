@@ -16,6 +16,7 @@ import numpy
 
 from library.data import problems
 from library.data.caption_files import EmptyCaption, read_caption
+from library.data.cores import own_cores
 from library.data.header import picture_size
 from library.data.keyed import hash64
 from library.data.listing import NO_FILE, caption_name
@@ -183,7 +184,7 @@ def _caption(caption: str | None, picture: str, rules: Rules, tally: Tally) -> t
 def look_at(chunks: Sequence[Chunk]) -> Iterator[Looked]:
     """The chunks' results in order; in several processes where that is worth starting them."""
     chunks = [chunk for chunk in chunks if len(chunk.rows)]
-    processes = min(_processors(), len(chunks), MOST_PROCESSES)
+    processes = min(own_cores(), len(chunks), MOST_PROCESSES)
     done = 0
     if processes > 1 and sum(map(_cost, chunks)) > WORTH_PROCESSES and not multiprocessing.current_process().daemon:
         # Spawned, as on every system: a fork would copy the locks of threads that are not there.
@@ -204,10 +205,6 @@ def _cost(chunk: Chunk) -> int:
     unknown = int((chunk.stamps[:, 0] == UNKNOWN).sum() + (chunk.caption_stamps[:, 0] == UNKNOWN).sum())
     looks = (2 if chunk.masks is None else 3) * len(chunk.rows)
     return unknown * READ_COST + (looks - unknown) * STAT_COST
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ignore_interrupts() -> None:

@@ -256,7 +256,7 @@ def group_facts(items: Items, batch_sizes: Sequence[int]) -> tuple[GroupFacts, .
     """The groups that have pictures, by dataset and bucket."""
     groups = _Groups.of(items, batch_sizes, 1)
     pictures = numpy.bincount(items.group, minlength=len(items.groups))
-    kept = numpy.bincount(items.group, weights=_kept(items), minlength=len(items.groups))
+    kept = numpy.bincount(items.group, weights=items.kept_shares, minlength=len(items.groups))
     facts = [GroupFacts(dataset, bucket, int(pictures[index]), int(groups.showings[index]), int(groups.batches[index]),
                         int(groups.batch_size[index]), float(kept[index] / pictures[index]))
              for index, (dataset, bucket) in enumerate(items.groups) if pictures[index]]
@@ -275,8 +275,3 @@ def report(items: Items) -> list[str]:
         rest = sum(each.pictures for each in facts) - sum(each.pictures for each in named)
         lines.append(f"{len(facts) - len(named)} more buckets with {rest} pictures together")
     return lines
-
-
-def _kept(items: Items) -> numpy.ndarray:
-    """(N,) float64: bucket area / area of the scaled picture."""
-    return items.buckets.prod(axis=1, dtype=numpy.int64) / items.resized.prod(axis=1, dtype=numpy.int64)

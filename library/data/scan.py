@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -33,7 +34,6 @@ from library.file_lock import FileLock
 from library.log import log
 
 LARGE = 50_000  # pictures
-LOCK_SECONDS = 900.0  # to wait for another run that looks at the same folder; then this one looks for itself
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _give_memory_back() -> None:
 
 def _scan_subset(subset: SubsetSpec, folder: Path | None, check: Check, began: int, tally: Tally) -> tuple[Listing, Kept | None]:
     kept = None if folder is None else Kept(folder, _where(subset, folder), _how(subset))
-    with _locked(kept) as obstacle:
+    with _locked(kept, _root(subset)) as obstacle:
         old = None if kept is None else kept.load()
         same_captions = old is not None
         if old is not None and old.sound and check == "none":
@@ -124,16 +124,20 @@ def _scan_subset(subset: SubsetSpec, folder: Path | None, check: Check, began: i
                    columns.content, columns.weights, columns.masks, columns.mask_content), kept
 
 
+def _tell_waiting(pictures: Path, lock: Path, seconds: float) -> None:
+    log.info("waiting for another run that is looking at the pictures of %s and holds %s (for %.0f s now)", pictures, lock, seconds)
+
+
 @contextmanager
-def _locked(kept: Kept | None) -> Iterator[str | None]:
+def _locked(kept: Kept | None, pictures: Path) -> Iterator[str | None]:
     """Holds the lock of an index and gives None, or says why nothing can be written there."""
     if kept is None:
         yield None
         return
-    lock = FileLock(kept.lock_path, lambda: log.info("waiting for another run that looks at the pictures of %s", kept.folder))
+    lock, obstacle = FileLock(kept.lock_path, partial(_tell_waiting, pictures, kept.lock_path)), None
     try:
         kept.folder.mkdir(parents=True, exist_ok=True)
-        obstacle = None if lock.acquire(LOCK_SECONDS) else "another run has had it locked for a quarter of an hour"
+        lock.acquire()
     except OSError as error:
         obstacle = error.strerror or str(error)
     try:

@@ -15,7 +15,8 @@ import torch
 
 from library.atomic import atomic_file, sweep
 from library.checkpoint.dtypes import DTYPE_NAMES
-from library.data.shards import ITEM_BYTES, KEY_BYTES, Field, Layout, ShardBuilder, shard_name
+from library.data.keys import KEY_BYTES
+from library.data.shards import ITEM_BYTES, Field, Layout, ShardBuilder, shard_name
 from library.errors import UserError
 
 # A shard is sealed at whichever comes first: what a kill can lose is at most one of them.

@@ -203,7 +203,7 @@ def test_flips_are_seen(selection, tmp_path):
 
 def test_a_cache_says_what_it_encoded_or_that_all_was_there(caplog, monkeypatch):
     monkeypatch.setattr("library.log.log.propagate", True)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="kiln"):
         Announce("latents").close(12)
         some = Announce("text outputs")
         some(3, 5, 2)
