@@ -2,7 +2,7 @@
 
     python -m benchmarks.data_scan [--pictures 1e5 1e6] [--bytes 17000] [--folder DIR] [--runs 3]
 
-A hundred thousand pictures without further words; a million are asked for, and want 20 GB of disk at that size of file.
+A hundred thousand pictures without further words; a million are asked for, and fill 25 GB of disk at that size of file.
 Each start is a fresh process. Beside it, in the same run and over the same files, a plain loop that opens each picture with
 Pillow and reads each caption, as a data set class of a hundred lines does.
 """

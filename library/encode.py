@@ -94,8 +94,6 @@ def encode_all(arch: Architecture, runtime: Runtime, caching: CachingOptions, se
     encoded_prompts = text.of_prompts(prompts) if prompts else {}
     if caching.text_cached:
         parts = text.cache(parts)
-        if encoders.value is not None and (note := arch.truncation_note(encoders.value)):
-            log.warning(note)
         encoders.free()
     return Encoded(parts[0], parts[1] if held_out is not None else None, encoded_prompts, previewer,
                    _batch_encoder(arch, runtime.device, vae, encoders))
@@ -202,8 +200,6 @@ def _batch_encoder(arch: Architecture, device: torch.device, vae: Lazy, encoders
     """See ``Encoded.batch``. What is encoded here is rounded as the cache rounds it, so that a run with caches and one
     without see the same numbers."""
 
-    told: list[str] = []  # captions that are too long are worth one warning, not one per batch
-
     def on_device(value: torch.Tensor) -> torch.Tensor:
         value = value.to(device, non_blocking=True)
         return value.float() if value.is_floating_point() else value
@@ -224,9 +220,6 @@ def _batch_encoder(arch: Architecture, device: torch.device, vae: Lazy, encoders
             else:
                 encoded = without_padding(arch.encode_text(encoders.get(), batch.captions), arch.text_trim)
                 text = {name: as_cached(value.to(device)) for name, value in encoded.items()}
-                if not told and (note := arch.truncation_note(encoders.get())):
-                    log.warning("in this batch %s", note)
-                    told.append(note)
         return latents, text, mask
 
     return encode

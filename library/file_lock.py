@@ -57,7 +57,7 @@ class FileLock:
         self._handle: int | None = None
 
     def acquire(self) -> None:
-        """Wait for the lock as long as its holder lives. Raises OSError where the file cannot be made or files cannot be locked."""
+        """Wait for the lock, as long as its holder lives. OSError where the file cannot be made or files cannot be locked."""
         assert self._handle is None, "not reentrant"
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:

@@ -1,7 +1,8 @@
 """What the loop asks of an architecture: a protocol without behaviour, and the small records it speaks in.
 
-Every fact about a model stands in its own adapter (``library/architectures/<name>.py``). ``run.py`` and ``step.py`` know
-only this page. The module imports neither torch nor diffusers, so that ``--help`` and dataset errors stay fast.
+Every fact about a model stands in its own adapter (``library/architectures/<name>.py``): a module with the two functions of
+``ArchitectureModule``, one for the model and one that counts the tokens of captions before anything is loaded. ``run.py`` and
+``step.py`` know only this page. The module imports neither torch nor diffusers, so that ``--help`` and dataset errors stay fast.
 
 Letters: B batch, C latent channels, h w latent height and width, H W picture height and width, L text tokens, D width.
 """
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
+    from library.config.schema import ModelOptions
+    from library.data.tokens import TokenMeter
     from library.prompts import Prompt
 
 
@@ -62,6 +65,17 @@ class NpzLayout:
     scale: float = 1.0
 
 
+class ArchitectureModule(Protocol):
+    """What ``run.py`` asks of the module that an entry script names as its architecture."""
+
+    def open_architecture(self, model: ModelOptions, options: Any) -> Architecture:
+        """The adapter of one run, with the architecture's own ``options``. Reads headers only; UserError for wrong files."""
+
+    def open_token_meter(self, model: ModelOptions, options: Any) -> TokenMeter:
+        """Counts the tokens of texts as ``encode_text`` will, with tokenizers alone: no weights are read, and encoders may be
+        missing. UserError where the tokenizers cannot be opened."""
+
+
 class Architecture(Protocol):
     """One model family with this run's settings. Construction reads file headers only and refuses wrong files."""
 
@@ -87,9 +101,6 @@ class Architecture(Protocol):
 
     def encode_text(self, encoders: TextEncoders, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """Captions -> named tensors, each (B, ...): exactly what ``predict`` takes as ``text``."""
-
-    def truncation_note(self, encoders: TextEncoders) -> str:
-        """One line about captions that were too long since the last call, or an empty string."""
 
     def predict(self, denoiser: nn.Module, x_t: torch.Tensor, level: torch.Tensor,
                 text: Mapping[str, torch.Tensor]) -> torch.Tensor:

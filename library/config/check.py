@@ -252,10 +252,7 @@ def _buckets(config: Config) -> Iterator[Problem]:
 
 def _caching(config: Config) -> Iterator[Problem]:
     caching = config.caching
-    if caching.cache_dir is not None and not (caching.on_disk or config.dataset.cache_info):
-        yield conflict(config, "cache_dir cache_latents_to_disk cache_text_encoder_outputs_to_disk", "nothing is cached on disk",
-                       "add --cache_latents_to_disk or --cache_text_encoder_outputs_to_disk, or leave it out")
-    elif caching.cache_dir is not None:
+    if caching.cache_dir is not None:  # whether it is used the dataset file says, which may set cache_info (spec_check.py)
         yield from _writable(config, "cache_dir", caching.cache_dir)
     skipping = next((flag for flag in ("skip_cache_check", "skip_latents_validity_check") if getattr(caching, flag)), None)
     if skipping and caching.cache_check == "full":

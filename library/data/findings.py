@@ -4,7 +4,7 @@ second or two; only files that look like duplicates of each other are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from library.data.duplicates import duplicates
 from library.data.plan import StepPlan, group_facts
 from library.data.scan import Scan
 from library.data.select import Selection
-from library.data.tokens import TokenCount
+from library.data.tokens import Counted, TokenCount
 from library.errors import UserError
 
 TINY = 3.0  # a side enlarged so many times has more made-up pixels than real ones
@@ -51,16 +51,16 @@ class Finding:
 
 
 def gather(scan: Scan, selection: Selection | None, plan: StepPlan | None,
-           tokens: Sequence[tuple[str, Sequence[TokenCount]]] = (), hash_bytes: int = LOG_BYTES) -> list[Finding]:
+           tokens: Counted = Counted(), hash_bytes: int = LOG_BYTES) -> list[Finding]:
     """All findings, the worst first. ``selection`` and ``plan`` are None when nothing is left to train on.
 
-    ``tokens``: (sample id, its counts) of the captions that were counted. At most ``hash_bytes`` of pictures are read.
+    ``tokens``: of the captions that were counted. At most ``hash_bytes`` of pictures are read.
     """
     found = _problems(scan)
     if selection is not None:
         items = selection.train
         found += [*_sizes(items), *_cropped(items), *_lonely(items), *_dropped(scan.items, selection)]
-    found += [*_duplicates(scan.items, hash_bytes), *_too_long(tokens)]
+    found += [*_duplicates(scan.items, hash_bytes), *too_long(tokens)]
     if plan is not None:
         found.append(_epoch(plan))
     return worst_first(found)
@@ -189,21 +189,23 @@ def _duplicates(items: Items, hash_bytes: int) -> list[Finding]:
     return found
 
 
-def _too_long(tokens: Sequence[tuple[str, Sequence[TokenCount]]]) -> list[Finding]:
-    """One finding for each encoder that cuts captions."""
+def too_long(tokens: Counted, what: str = "caption") -> list[Finding]:
+    """One finding for each encoder that cuts captions, or whatever texts these are."""
     cut: dict[str, list[tuple[str, TokenCount]]] = {}
-    for sample, counts in tokens:
+    for sample, counts in tokens.samples:
         for count in counts:
             if count.tokens > count.limit:
                 cut.setdefault(count.encoder, []).append((sample, count))
-    reach = max((count.limit for _, counts in tokens for count in counts), default=0)
+    reach = max((count.limit for _, counts in tokens.samples for count in counts), default=0)
     found = []
     for encoder, cases in cut.items():
         cases.sort(key=lambda case: -case[1].tokens)
         limit = cases[0][1].limit
         examples = tuple(Example(f"{sample}: {count.tokens} tokens, lost: “{_short(count.lost)}”")
                          for sample, count in cases[:EXAMPLES])
-        title = f"{len(cases)} caption{' is' if len(cases) == 1 else 's are'} longer than the {limit} tokens that {encoder} reads"
+        more = "" if tokens.complete or len(cases) < len(tokens.samples) else " or more"
+        title = (f"{len(cases)}{more} {what}{'s are' if more or len(cases) > 1 else ' is'} longer than the {limit} tokens that "
+                 f"{encoder} reads")
         if limit == reach:
             found.append(Finding("too long", "warning", title, examples, "shorten them, or move what matters to the front"))
         else:

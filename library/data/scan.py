@@ -125,7 +125,8 @@ def _scan_subset(subset: SubsetSpec, folder: Path | None, check: Check, began: i
 
 
 def _tell_waiting(pictures: Path, lock: Path, seconds: float) -> None:
-    log.info("waiting for another run that is looking at the pictures of %s and holds %s (for %.0f s now)", pictures, lock, seconds)
+    log.info("waiting (for %.0f s now) for another run that is looking at the pictures of %s and holds %s", seconds, pictures,
+             lock)
 
 
 @contextmanager

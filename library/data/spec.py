@@ -91,7 +91,7 @@ def load(options: DatasetOptions, caching: CachingOptions, pixel_step: int,
     if lookup.check_structure():
         for index in range(len(source.values["datasets"])):
             specs += _dataset(lookup, ("datasets", index), pixel_step, source.python, caching)
-        check_run(lookup, specs)
+        check_run(lookup, specs, caching)
     raise_all(list({str(error): error for error in lookup.errors}.values()))  # a shared value may be looked up twice
     for note in dict.fromkeys(lookup.notes):
         log.info(note)

@@ -148,7 +148,7 @@ def _parents(subset: SubsetSpec) -> Sequence[Path]:
     return subset.image_dir.resolve().parents if subset.image_dir is not None and subset.metadata_file is None else ()
 
 
-def check_run(lookup: Lookup, specs: Sequence[DatasetSpec]) -> None:
+def check_run(lookup: Lookup, specs: Sequence[DatasetSpec], caching: CachingOptions) -> None:
     """What only all datasets together can tell. Says nothing while some of them are wrong."""
     if lookup.errors:
         return
@@ -156,6 +156,9 @@ def check_run(lookup: Lookup, specs: Sequence[DatasetSpec]) -> None:
     if lookup.flag("masked_loss") and all(subset.mask == "none" and subset.source is None for subset in subsets):
         lookup.error("no subset has masks", lookup.flag_place("masked_loss"),
                      "give mask pictures with conditioning_data_dir, or use transparency with alpha_mask")
+    if caching.cache_dir is not None and not (caching.on_disk or any(subset.cache_info for subset in subsets)):
+        lookup.error("nothing is kept on disk", lookup.flag_place("cache_dir"), "add --cache_latents_to_disk, "
+                     "--cache_text_encoder_outputs_to_disk or --cache_info, or leave it out")
     splits = any(spec.validation_split for spec in specs)
     for name in VALIDATION_SCHEDULE:
         if lookup.flag(name) is not None and not splits:

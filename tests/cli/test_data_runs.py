@@ -94,6 +94,25 @@ def test_variants_of_a_caption_are_cached(flags, tmp_path):
     worked(cached)
 
 
+def test_long_captions_are_told_once_whether_cached_or_not(flags, tmp_path):
+    pictures = make_pictures(tmp_path / "pictures", 3)
+    (pictures / "picture1.txt").write_text("the cat and the blue dog " * 9 + "end", encoding="utf-8")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the red box " * 30 + "--w 64 --h 64 --s 1\n", encoding="utf-8")
+    data = dataset_file(tmp_path / "data.toml", pictures)
+    common = ("--dataset_config", data, "--max_train_steps", "1")
+    first, online = run_all(flags("first", *common, *DISK, "--sample_prompts", prompts, "--sample_every_n_steps", "5"),
+                            flags("online", *common))
+    cached, = run_all(flags("cached", *common, *DISK))
+    worked(first, online, cached)
+    assert "cached text outputs: all 3 are there already" in cached.text
+    for done in (first, online, cached):
+        assert done.text.count("1 caption is longer than the 16 tokens that T5 reads") == 1, done.text
+        assert done.text.count("picture1.png: ") == 1 and done.text.count("an epoch is") == 1
+    assert first.text.count("1 preview prompt is longer than the 16 tokens that T5 reads (such as ") == 1
+    assert "preview prompt is" not in cached.text
+
+
 def test_only_what_changed_is_encoded_again(flags, tmp_path):
     """One edited picture, one edited caption, one new picture, one deleted: each costs one encoding, the rest none."""
     pictures = make_pictures(tmp_path / "pictures", 4)

@@ -13,14 +13,14 @@ from library.data.findings import Finding, brief, gather
 from library.data.plan import StepPlan
 from library.data.scan import Scan
 from library.data.select import Selection, select
-from library.data.tokens import TokenCount
+from library.data.tokens import Counted, TokenCount, count_longest
 from tests.unit.data_helpers import SMALL, dataset_file, made_up_items, picture, scan_file, scan_folder
 
 
-def found_in(scan: Scan, tokens=(), **how) -> dict[str, Finding]:
+def found_in(scan: Scan, **how) -> dict[str, Finding]:
     selection = select(scan.items)
     plan = StepPlan(selection.train, [spec.batch_size for spec in scan.items.specs], 1)
-    return {finding.kind: finding for finding in gather(scan, selection, plan, tokens, **how)}
+    return {finding.kind: finding for finding in gather(scan, selection, plan, **how)}
 
 
 def of_sizes(*sizes, **spec) -> dict[str, Finding]:
@@ -134,11 +134,44 @@ def test_a_folder_in_two_datasets_is_no_copy_of_itself(tmp_path, folder):
 def test_captions_that_are_too_long(folder):
     long, short = TokenCount("T5", 600, 512, "the end"), TokenCount("T5", 5, 512)
     tokens = [("0.0/0.png", [long, TokenCount("CLIP", 600, 77, "much more")]), ("0.0/1.png", [short, TokenCount("CLIP", 5, 77)])]
-    found = [each for each in gather(scan_folder(folder), None, None, tokens) if each.kind == "too long"]
+    found = [each for each in gather(scan_folder(folder), None, None, Counted(tokens)) if each.kind == "too long"]
     assert [each.severity for each in found] == ["warning", "note"]
     assert found[0].title == "1 caption is longer than the 512 tokens that T5 reads"
     assert found[0].examples[0].text == "0.0/0.png: 600 tokens, lost: “the end”"
-    assert not [each for each in gather(scan_folder(folder), None, None, tokens[1:]) if each.kind == "too long"]
+    assert not [each for each in gather(scan_folder(folder), None, None, Counted(tokens[1:])) if each.kind == "too long"]
+
+
+def test_too_many_to_count_are_not_told_as_all():
+    tokens = [(f"0.0/{index}", [TokenCount("T5", 600, 512)]) for index in range(3)]
+    assert findings.too_long(Counted(tokens, complete=False))[0].title.startswith("3 or more captions are longer than the 512")
+    rest = [*tokens, ("0.0/3", [TokenCount("T5", 500, 512)])]  # a shorter one fits, so those that were left out do
+    assert findings.too_long(Counted(rest, complete=False))[0].title.startswith("3 captions are")
+    assert findings.too_long(Counted(tokens[:1]), "preview prompt")[0].title.startswith("1 preview prompt is longer")
+
+
+def test_the_longest_captions_are_counted(folder):
+    for name, words in {"0": "one two three", "1": "one two three", "2": "one", "3": "one two three four", "4": "x"}.items():
+        (folder / f"{name}.txt").write_text(words, encoding="utf-8")
+    (folder / "5.txt").write_text("one two three four, five", encoding="utf-8")
+
+    def meter(texts):
+        return [[TokenCount("words", len(text.split()), 3)] for text in texts]
+
+    items = scan_folder(folder).items
+    counted = count_longest(items, 1, meter, 3)
+    assert [(sample, count.tokens) for sample, (count,) in counted.samples] == [("0.0/5.png", 5), ("0.0/3.png", 4), ("0.0/0.png", 3)]
+    assert not counted.complete
+    everything = count_longest(items, 1, meter, 100)
+    assert everything.complete and len(everything.samples) == 5, "equal ones are counted once"
+    (folder / "2.txt").write_text("word " * 5000, encoding="utf-8")
+    novel = count_longest(scan_folder(folder).items, 1, meter, 3)
+    assert [sample for sample, _ in novel.samples] == ["0.0/2.png"] and not novel.complete
+
+
+def test_what_a_selection_has_to_say_is_told(tmp_path):
+    picture(tmp_path / "pictures" / "a.png", (128, 128))
+    found = found_in(scan_folder(tmp_path / "pictures", more="validation_split = 0.5"))
+    assert "its only picture is trained on" in found["validation_split"].title and found["validation_split"].severity == "note"
 
 
 def test_the_worst_comes_first_and_the_log_gets_a_line_each():

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from library import file_lock
 from library.data import examine, look
 from library.data import index as index_file
 from library.data import problems as kinds
@@ -18,6 +19,7 @@ from library.data.index import Kept, join
 from library.data.scan import scan
 from library.data.strings import Strings
 from library.file_lock import FileLock
+from library.log import log
 from tests.unit.data_helpers import dataset_spec, make_older, picture, subset_spec
 
 ROOT = Path(__file__).parents[2]
@@ -329,7 +331,7 @@ def test_several_processes_see_the_same(folder, monkeypatch):
     one, _ = folder.scan(index=folder.path / ".one")
     monkeypatch.setattr(examine, "CHUNK", 2)
     monkeypatch.setattr(look, "WORTH_PROCESSES", 0)
-    monkeypatch.setattr(look, "_processors", lambda: 2)
+    monkeypatch.setattr(look, "own_cores", lambda: 2)
     (folder.path / "c.png").write_bytes(b"")
     many, read = folder.scan(index=folder.path / ".many")
     assert read == [], "other processes did it"
@@ -352,7 +354,7 @@ def test_processes_that_cannot_start(folder, monkeypatch):
     monkeypatch.setattr(look, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(examine, "CHUNK", 2)
     monkeypatch.setattr(look, "WORTH_PROCESSES", 0)
-    monkeypatch.setattr(look, "_processors", lambda: 2)
+    monkeypatch.setattr(look, "own_cores", lambda: 2)
     found, read = folder.scan()
     assert read == ALL and [item.caption for item in found.items] == [f"caption of {name}" for name in "abcde"]
 
@@ -382,6 +384,19 @@ def test_two_runs_at_once(folder):
     found, _ = folder.scan()
     assert [item.caption for item in found.items] == [*(f"caption of {name}" for name in "abcde"), "words", "words"]
     assert not list(folder.index.glob("*.tmp"))
+
+
+def test_a_run_that_waits_says_for_what(folder, monkeypatch):
+    folder.scan()
+    monkeypatch.setattr(file_lock, "FIRST_WORD", 0.0)
+    path, = folder.index.glob("*.lock")
+    lock = FileLock(path)
+    lock.acquire()
+    told = []
+    monkeypatch.setattr(log, "info", lambda line, *facts: (told.append(line % facts), lock.release()))
+    found, read = folder.scan()
+    assert read == [] and len(found.items) == 5, "what the other run kept is used"
+    assert len(told) == 1 and f"the pictures of {folder.path} and holds {path}" in told[0]
 
 
 def test_an_index_is_a_safetensors_file(folder):

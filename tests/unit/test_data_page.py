@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 
 from library.data import page
-from library.data.page_sheet import spread
+from library.data.decode import decoded
+from library.data.page_sheet import damaged, spread, thumbnail
 from library.data.tokens import TokenCount
 from library.errors import UserError
 from tests.unit.browser import open_page
 from tests.unit.data_helpers import SMALL, dataset_file, made_up_items, picture, scan_file, scan_folder
+from tests.unit.image_helpers import UNDO, gradient, stored
 
 
 class Outline(HTMLParser):
@@ -213,6 +215,35 @@ def test_the_sheet_is_spread_over_buckets():
     assert len(set(rows)) == 9 and groups == sorted(groups)
     assert sorted(groups.count(group) for group in set(groups)) == [2, 3, 4]
     assert spread(items, 100) == sorted(spread(items, 100), key=lambda row: items.group[row]) and len(spread(items, 100)) == 55
+
+
+@pytest.mark.parametrize("turn", UNDO)
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+def test_small_pictures_are_upright(tmp_path, turn, suffix):
+    wide = gradient((480, 320))
+    url = thumbnail(stored(wide, tmp_path / f"a{suffix}", turn))
+    shown = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    assert shown.size == (112, 75)
+    wanted = numpy.asarray(wide.resize(shown.size), dtype=int)
+    assert numpy.abs(numpy.asarray(shown, dtype=int) - wanted)[5:-5, 5:-5].mean() < 6
+
+
+def test_pictures_that_cannot_be_trained_on_are_damaged(tmp_path):
+    """In the words of the training, without decoding large photographs in full."""
+    Image.new("F", (40, 40)).save(tmp_path / "floats.tif")
+    gradient((640, 480)).save(tmp_path / "cut.jpg")
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "whole.jpg").write_bytes(whole)
+    (tmp_path / "cut.jpg").write_bytes(whole[:len(whole) // 3])
+    paths = [tmp_path / name for name in ("floats.tif", "cut.jpg", "whole.jpg")]
+    broken = damaged(paths)
+    assert [error.place for error in broken] == [str(path) for path in paths[:2]]
+    for path, error in zip(paths, broken, strict=False):
+        with pytest.raises(UserError) as caught, decoded(path, str(path)):
+            pass
+        assert str(caught.value).partition(" (")[0] == str(error).partition(" (")[0]
+    with decoded(paths[2], "", (112, 112)) as picture:
+        assert picture.rgb.size == (160, 120)
 
 
 def test_names_that_are_no_text(tmp_path, folder):
