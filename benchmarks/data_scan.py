@@ -1,7 +1,8 @@
 """Finding the pictures of a dataset: first start, second start, one picture in a hundred changed, and memory for each picture.
 
-    python benchmarks/data_scan.py [--pictures 20000 100000] [--bytes 17000] [--folder DIR] [--runs 3]
+    python -m benchmarks.data_scan [--pictures 1e5 1e6] [--bytes 17000] [--folder DIR] [--runs 3]
 
+A hundred thousand pictures without further words; a million are asked for, and fill 25 GB of disk at that size of file.
 Each start is a fresh process. Beside it, in the same run and over the same files, a plain loop that opens each picture with
 Pillow and reads each caption, as a data set class of a hundred lines does.
 """
@@ -175,7 +176,8 @@ def main() -> None:
         print(json.dumps((child_scan if kind == "scan" else child_loop)(Path(folder), check)))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, nargs="+", default=[20_000])
+    parser.add_argument("--pictures", type=lambda words: int(float(words)), nargs="+", default=[100_000],
+                        help="how many, such as 100000 or 1e6; each number is measured by itself (default: 100000)")
     parser.add_argument("--bytes", type=int, default=17_000, help="of each picture file")
     parser.add_argument("--folder", type=Path, default=None, help="where to make them (default: the system's temporary folder)")
     parser.add_argument("--runs", type=int, default=3, help="of each kind; the fastest counts")

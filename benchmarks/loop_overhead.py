@@ -47,16 +47,14 @@ def measure(folder: Path, arguments) -> tuple[list[float], list[float]]:
     from flux_train import ENTRY
     from library.architectures.flux import open_architecture
     from library.config.parse import parse
-    from library.data import bucket
-    from library.dist import open_runtime
-    from library.encode import encode_all
+    from library.data.plan import StepPlan
     from library.interrupt import stop_requested
     from library.log import setup_logging
     from library.loop import train
     from library.methods import full
     from library.optim.schedule import Schedule
     from library.outputs import Outputs
-    from library.run import build_task, read_data
+    from library.run import build_task, encode, join, read_data
     from tests.tiny import make_flux_files
 
     files = make_flux_files(folder / "model", **SIZES[arguments.size])
@@ -70,9 +68,9 @@ def measure(folder: Path, arguments) -> tuple[list[float], list[float]]:
     setup_logging("WARNING", None, True, True)
     data = read_data(config)
     arch = open_architecture(config.model, config.architecture)
-    runtime = open_runtime("no", 0)
-    plan = bucket.StepPlan(data.items, batch_sizes=data.batch_sizes, seed=0, world_size=1, accumulation=1)
-    encoded = encode_all(arch, runtime, config.caching, data.items, 4, ())
+    runtime = join(config, data)
+    plan = StepPlan(data.items, batch_sizes=data.batch_sizes, seed=0)
+    encoded = encode(config, data, arch, runtime, arguments.steps)
     (folder / "out").mkdir(exist_ok=True)
 
     def fresh():
@@ -81,12 +79,12 @@ def measure(folder: Path, arguments) -> tuple[list[float], list[float]]:
 
     bare_denoiser, _ = fresh()
     optimizer = torch.optim.AdamW(bare_denoiser.parameters(), lr=1e-5, fused=True)
-    ready = [encoded.batch(batch) for batch in _batches(data, encoded, plan)]
+    ready = [encoded.batch(batch) for batch in _batches(encoded, plan)]
 
     def bare_round() -> float:
         started = time.perf_counter()
         for step in range(arguments.steps):
-            latents, text = ready[step % len(ready)]
+            latents, text, _ = ready[step % len(ready)]
             noise, level = torch.randn_like(latents), torch.sigmoid(torch.randn(len(latents), device=latents.device))
             x_t = torch.lerp(latents, noise, level.view(-1, 1, 1, 1))
             loss = torch.nn.functional.mse_loss(arch.predict(bare_denoiser, x_t, level, text), noise - latents)
@@ -98,11 +96,12 @@ def measure(folder: Path, arguments) -> tuple[list[float], list[float]]:
         return (time.perf_counter() - started) / arguments.steps
 
     denoiser, groups = fresh()
-    task = build_task(config, runtime, arch, denoiser, groups, encoded, data, plan, Schedule("constant", 0), arguments.steps)
+    task = build_task(config, runtime, arch, denoiser, groups, encoded, plan, Schedule("constant", 0), arguments.steps)
 
     def our_round() -> float:
         with stop_requested() as stop, Outputs(config, runtime, arch, full, denoiser, encoded, (), data.resolution,
-                                               total_steps=arguments.steps, steps_per_epoch=plan.steps_per_epoch) as outputs:
+                                               total_steps=arguments.steps, steps_per_epoch=plan.steps_per_epoch,
+                                               validate=lambda report: None) as outputs:
             started = time.perf_counter()
             train(task, stop, outputs.after_step)
             return (time.perf_counter() - started) / arguments.steps
@@ -112,12 +111,11 @@ def measure(folder: Path, arguments) -> tuple[list[float], list[float]]:
     return [one for one, _ in rounds], [other for _, other in rounds]
 
 
-def _batches(data, encoded, plan):
+def _batches(encoded, plan):
     """The batches of one epoch, as the bare loop reads them."""
-    from library.data.dataset import TrainingData, batches
+    from library.data.dataset import batches
 
-    source = TrainingData(data.items, latents=encoded.latents, text=encoded.text)
-    return [batch for group in batches(source, plan, 0, 0, plan.steps_per_epoch, 0) for batch in group.micro]
+    return [batch for group in batches(encoded.train, plan, 0, 0, plan.steps_per_epoch, 0) for batch in group.micro]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from torch import nn
 
 from library.architectures.base import Architecture
 from library.config.data_options import CachingOptions
-from library.data import caption
 from library.data.dataset import Batch, LatentCache, TextCache, TrainingData
 from library.data.fill import Remember, fill_latents
 from library.data.fill_text import fill_text
@@ -21,7 +20,7 @@ from library.data.image import mask_to_cells, to_signal
 from library.data.items import Items
 from library.data.keys import cache_folders
 from library.data.select import Selection
-from library.data.showing import Course
+from library.data.showing import Course, variant_count, variant_text
 from library.data.store import Store
 from library.dist import Runtime
 from library.log import log
@@ -51,7 +50,7 @@ class Lazy:
 @dataclass(frozen=True)
 class Encoded:
     """What training reads: the pictures with what is cached of them, the function that encodes the rest of each batch, the
-    encoded preview prompts, and the autoencoder that draws previews (on the CPU until it is used).
+    encoded preview prompts, and the autoencoder that draws previews (on the CPU where latents are cached).
 
     ``validation``: the held-out pictures, None when there are none. ``batch`` gives (B, C, h, w) latents, text and the mask
     (B, 1, h, w) in 0..1 or None, on the device.
@@ -75,7 +74,8 @@ def encode_all(arch: Architecture, runtime: Runtime, caching: CachingOptions, se
                batch_size: int, prompts: Sequence[Prompt], remember: Remember | None = None) -> Encoded:
     """Fill the caches that were asked for, encode the preview prompts, and free every model that training does not need.
 
-    ``course.variants`` says in how many variants captions are cached; ``remember`` keeps content hashes for the next start.
+    ``course.variants`` says in how many variants captions are cached; ``remember`` keeps the content
+    hashes of pictures and masks for the next start.
     """
     dtype = encoding_dtype(runtime)
     vae = Lazy(lambda: arch.load_vae(runtime.device, dtype))
@@ -94,8 +94,6 @@ def encode_all(arch: Architecture, runtime: Runtime, caching: CachingOptions, se
     encoded_prompts = text.of_prompts(prompts) if prompts else {}
     if caching.text_cached:
         parts = text.cache(parts)
-        if encoders.value is not None and (note := arch.truncation_note(encoders.value)):
-            log.warning(note)
         encoders.free()
     return Encoded(parts[0], parts[1] if held_out is not None else None, encoded_prompts, previewer,
                    _batch_encoder(arch, runtime.device, vae, encoders))
@@ -110,8 +108,10 @@ def _cache_latents(arch: Architecture, runtime: Runtime, caching: CachingOptions
     store = Store(places if caching.cache_latents_to_disk else (), "latents")
     filled = []
     for part in parts:
+        told = Announce("latents" if part is parts[0] else "latents of held-out pictures")
         rows = fill_latents(part.items, store, encode, arch.vae_identity(dtype), caching.vae_batch_size, folders=folders,
-                            flips=part.course.augmented, ranks=ranks_of(runtime), progress=Announce("latents"), remember=remember)
+                            flips=part.course.augmented, ranks=ranks_of(runtime), progress=told, remember=remember)
+        told.close(len(part.items))
         filled.append(replace(part, latents=LatentCache(store, rows)))
     return filled
 
@@ -139,16 +139,19 @@ class _Texts:
             empty = int(self._rows([""], numpy.array([self.first]), "the empty caption")[0])
         filled = []
         for part in parts:
-            texts = CaptionVariants(part.items, part.course)
-            folders = numpy.repeat(self.folders[part.items.listing], texts.count)
-            rows = self._rows(texts, folders, "text outputs").reshape(-1, texts.count)
+            variants = CaptionVariants(part.items, part.course)
+            folders = numpy.repeat(self.folders[part.items.listing], variants.count)
+            what = "text outputs" if part is parts[0] else "text outputs of held-out pictures"
+            rows = self._rows(variants, folders, what).reshape(-1, variants.count)
             filled.append(replace(part, text=TextCache(self.store, rows, empty)))
         return filled
 
     def _rows(self, texts: Sequence[str], folders: numpy.ndarray, what: str) -> numpy.ndarray:
-        return fill_text(texts, folders, self.store, lambda words: self.arch.encode_text(self.encoders.get(), words),
-                         self.identity, self.batch_size, trim=self.arch.text_trim, ranks=ranks_of(self.runtime),
-                         progress=Announce(what))
+        told = Announce(what)
+        rows = fill_text(texts, folders, self.store, lambda words: self.arch.encode_text(self.encoders.get(), words),
+                         self.identity, self.batch_size, trim=self.arch.text_trim, ranks=ranks_of(self.runtime), progress=told)
+        told.close(len(texts))
+        return rows
 
 
 class CaptionVariants(Sequence[str]):
@@ -164,17 +167,17 @@ class CaptionVariants(Sequence[str]):
         return len(self.items) * self.count
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices: nobody needs them
-        item, variant = divmod(index, self.count)
-        return self._of(item)[variant]
+        item, number = divmod(index, self.count)
+        rules = self.items.subset(item).captions
+        return variant_text(self.items.caption(item), rules, self.items.sample_id(item), self.course,
+                            number % variant_count(rules, self.course))
 
     def __iter__(self) -> Iterator[str]:
         for item in range(len(self.items)):
-            yield from self._of(item)
-
-    def _of(self, item: int) -> list[str]:
-        made = caption.variants(self.items.caption(item), self.items.subset(item).captions, self.course.seed,
-                                self.items.sample_id(item), self.count)
-        return [made[variant % len(made)] for variant in range(self.count)]
+            words, rules, item_id = self.items.caption(item), self.items.subset(item).captions, self.items.sample_id(item)
+            made = [variant_text(words, rules, item_id, self.course, number)
+                    for number in range(variant_count(rules, self.course))]
+            yield from (made[number % len(made)] for number in range(self.count))
 
 
 def as_cached(value: torch.Tensor) -> torch.Tensor:
@@ -188,6 +191,7 @@ def without_padding(text: Text, trim: Mapping[str, str]) -> dict[str, torch.Tens
     for name, mask in trim.items():
         real = text[mask].bool()
         last = real.flip(1).cumsum(1).flip(1) > 0  # up to the last real token
+        last[:, 0] = True  # a text without any keeps its first one, as in the cache
         result[name] = text[name].masked_fill(~last.reshape(*last.shape, *[1] * (text[name].ndim - 2)), 0)
     return result
 
@@ -195,8 +199,6 @@ def without_padding(text: Text, trim: Mapping[str, str]) -> dict[str, torch.Tens
 def _batch_encoder(arch: Architecture, device: torch.device, vae: Lazy, encoders: Lazy):
     """See ``Encoded.batch``. What is encoded here is rounded as the cache rounds it, so that a run with caches and one
     without see the same numbers."""
-
-    told: list[str] = []  # captions that are too long are worth one warning, not one per batch
 
     def on_device(value: torch.Tensor) -> torch.Tensor:
         value = value.to(device, non_blocking=True)
@@ -218,9 +220,6 @@ def _batch_encoder(arch: Architecture, device: torch.device, vae: Lazy, encoders
             else:
                 encoded = without_padding(arch.encode_text(encoders.get(), batch.captions), arch.text_trim)
                 text = {name: as_cached(value.to(device)) for name, value in encoded.items()}
-                if not told and (note := arch.truncation_note(encoders.get())):
-                    log.warning("in this batch %s", note)
-                    told.append(note)
         return latents, text, mask
 
     return encode
@@ -231,15 +230,20 @@ def ranks_of(runtime: Runtime) -> Ranks:
 
 
 class Announce:
-    """Progress of one cache: a line every ten seconds and one at the end; silence when there was nothing to encode."""
+    """Progress of one cache: a line every ten seconds and one at the end; one line when everything was there already."""
 
     def __init__(self, what: str):
-        self.what, self.started, self.spoke = what, time.monotonic(), time.monotonic()
+        self.what, self.started, self.spoke, self.encoded = what, time.monotonic(), time.monotonic(), 0
 
     def __call__(self, seen: int, total: int, encoded: int) -> None:
-        now = time.monotonic()
+        now, self.encoded = time.monotonic(), encoded
         if now - self.spoke > 10 or (seen == total and encoded):
             self.spoke = now
             # What is still to be looked at may turn out to be there already: the total only falls.
             log.info("encoded %s %d/%d, %.3g a second", self.what, encoded, encoded + total - seen,
                      encoded / max(now - self.started, 1e-9))
+
+    def close(self, total: int) -> None:
+        """All ``total`` are cached now."""
+        if not self.encoded:
+            log.info("cached %s: all %d are there already", self.what, total)

@@ -16,6 +16,7 @@ except ImportError:  # Windows
 
 _HELD_ELSEWHERE = {errno.EAGAIN, errno.EACCES, errno.EDEADLK, getattr(errno, "EWOULDBLOCK", errno.EAGAIN)}
 POLL_SECONDS = 0.1
+FIRST_WORD, NEXT_WORD = 2.0, 60.0  # seconds of waiting until the first line about it, and between lines
 
 
 def try_lock(handle: int, *, shared: bool = False) -> bool:
@@ -50,28 +51,23 @@ class FileLock:
     """``with FileLock(path):`` holds the exclusive lock on ``path``, an empty file that is made and stays: removing it would
     let two processes hold locks on two files of that name. Not reentrant."""
 
-    def __init__(self, path: Path, waiting: Callable[[], None] = lambda: None, patience: float = 2.0):
-        """``waiting`` is called once when the lock has been waited for for ``patience`` seconds."""
-        self.path, self._waiting, self._patience = Path(path), waiting, patience
+    def __init__(self, path: Path, waiting: Callable[[float], None] = lambda seconds: None):
+        """``waiting`` is called every now and then with the seconds that the lock has been waited for."""
+        self.path, self._waiting = Path(path), waiting
         self._handle: int | None = None
 
-    def acquire(self, timeout: float | None = None) -> bool:
-        """Wait for the lock, at most ``timeout`` seconds; whether it was got. Raises OSError where the file cannot be made or
-        files cannot be locked."""
+    def acquire(self) -> None:
+        """Wait for the lock, as long as its holder lives. OSError where the file cannot be made or files cannot be locked."""
         assert self._handle is None, "not reentrant"
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
-            started, told = time.monotonic(), False
+            started, word = time.monotonic(), FIRST_WORD
             while not try_lock(handle):
-                waited = time.monotonic() - started
-                if timeout is not None and waited >= timeout:
-                    return False
-                if waited >= self._patience and not told:
-                    told = True
-                    self._waiting()
+                if (waited := time.monotonic() - started) >= word:
+                    word = waited + NEXT_WORD
+                    self._waiting(waited)
                 time.sleep(POLL_SECONDS)
             self._handle, handle = handle, -1
-            return True
         finally:
             if handle >= 0:
                 os.close(handle)

@@ -22,7 +22,7 @@ CSV_FIELDS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", 
 
 def setup_logging(level: str, file: Path | None, simple: bool, is_main: bool) -> None:
     """Messages of the first rank go to ``file`` or stderr; other ranks speak from level ERROR on."""
-    handler: logging.Handler = logging.FileHandler(file, encoding="utf-8") if file else _TqdmHandler()
+    handler: logging.Handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace") if file else _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     for old in list(log.handlers):
         log.removeHandler(old)

@@ -6,6 +6,7 @@ The first part needs no torch, so that a dataset mistake costs a second; heavy m
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from library.data import plan as plans
 from library.data.items import Items
 from library.data.keys import folder_of
 from library.data.showing import Course
+from library.data.tokens import Counted, count_longest
 from library.errors import UserError, raise_all
 from library.interrupt import stop_requested
 from library.log import log, setup_logging
@@ -31,12 +33,14 @@ from library.trackers import tracker_arguments
 if TYPE_CHECKING:
     import torch
 
-    from library.architectures.base import Architecture
+    from library.architectures.base import Architecture, ArchitectureModule
     from library.data.tokens import TokenMeter
     from library.dist import Runtime
     from library.encode import Encoded
     from library.loop import StepReport, Task
     from library.optim.groups import Group
+
+CAPTIONS_COUNTED = 2000  # the longest ones: about a second
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,11 @@ def run(entry: Entry, config: Config) -> None:
     plan = plans.StepPlan(data.items, batch_sizes=data.batch_sizes, seed=general.seed, world_size=runtime.world_size,
                           accumulation=config.training.gradient_accumulation_steps)
     total_steps = count_steps(config, plan.steps_per_epoch)
-    for line in [*plans.report(data.items), *findings.brief(findings.gather(data.scan, data.selection, plan))]:
+    for line in plans.report(data.items):
         log.info(line)
+    if runtime.is_main:  # it may read pictures of equal length to see whether they are the same
+        captions, prompts = count_tokens(entry, config, data)
+        tell(findings.gather(data.scan, data.selection, plan, captions) + findings.too_long(prompts, "preview prompt"))
     rates = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
     encoded = encode(config, data, arch, runtime, total_steps)
     denoiser = arch.load_denoiser(runtime.device, weights_dtype(config))
@@ -89,8 +96,7 @@ def run(entry: Entry, config: Config) -> None:
     with Outputs(config, runtime, arch, method, denoiser, encoded, data.prompts, data.resolution,
                  total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch,
                  validate=build_validation(config, runtime, data, task)) as outputs:
-        log.info("%d pictures, %d steps an epoch, %d steps in all; ready after %.1f s",
-                 len(data.items), plan.steps_per_epoch, total_steps, time.monotonic() - started)
+        log.info("ready after %.1f s; steps in all: %d", time.monotonic() - started, total_steps)
         outputs.before_training()
         with stop_requested() as stop:  # until here a signal ends the run at once: there is nothing to save yet
             try:
@@ -110,24 +116,50 @@ def show_data(entry: Entry, config: Config) -> None:
         return
     from library.data import page
 
-    def open_meter() -> TokenMeter:
-        return importlib.import_module(entry.architecture).open_token_meter(config.model, config.architecture)
-
     _, scanned = find_pictures(config)
     training, path = config.training, config.saving.output_dir / f"{config.saving.output_name}_dataset.html"
     facts = page.Run(config.general.seed, training.max_train_steps, training.max_train_epochs, config.caching.variants,
                      training.gradient_accumulation_steps, int(os.environ.get("WORLD_SIZE") or 1))
-    for line in findings.brief(page.write(path, scanned, facts, open_meter)):
-        log.info(line)
+    tell(page.write(path, scanned, facts, lambda: open_meter(entry, config)))
     log.info("the data is shown in %s; nothing was trained", path)
 
 
+def open_meter(entry: Entry, config: Config) -> TokenMeter:
+    """Counts tokens of texts before an encoder is loaded. UserError where the tokenizers cannot be opened."""
+    return architecture_of(entry).open_token_meter(config.model, config.architecture)
+
+
+def count_tokens(entry: Entry, config: Config, data: DataPlan) -> tuple[Counted, Counted]:
+    """Tokens of the longest captions and of all preview prompts; of none where the tokenizers cannot be opened."""
+    try:
+        meter = open_meter(entry, config)
+    except UserError as error:
+        log.info("whether captions are too long is not known: %s", error)
+        return Counted(), Counted()
+    places = {words: prompt.place for prompt in reversed(data.prompts) for words in (prompt.text, prompt.negative)}
+    prompts = list(zip(places.values(), meter(list(places)), strict=True))
+    return count_longest(data.items, config.general.seed, meter, CAPTIONS_COUNTED), Counted(prompts)
+
+
+def architecture_of(entry: Entry) -> ArchitectureModule:
+    return importlib.import_module(entry.architecture)  # type: ignore[return-value]  # a module has no methods to compare
+
+
+def tell(found: Sequence[findings.Finding]) -> None:
+    """What the data looks like, and what is wrong with it, in the log."""
+    for finding, line in zip(found, findings.brief(found), strict=True):
+        log.log({"note": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[finding.severity], line)
+
+
 def fill_caches(entry: Entry, config: Config) -> None:
-    """Encode what a run with these settings would encode before it trains, and nothing else."""
+    """Encode what a run with these settings would keep on disk, and nothing else."""
     begin_log(config)
     data, arch = open_inputs(entry, config)
     runtime = join(config, data)
-    encode(config, replace(data, prompts=()), arch, runtime, config.training.max_train_steps)
+    if runtime.is_main:
+        tell(findings.too_long(count_tokens(entry, config, replace(data, prompts=()))[0]))
+    kept = replace(config.caching, cache_latents=False, cache_text_encoder_outputs=False)  # these two alone keep it in memory
+    encode(replace(config, caching=kept), replace(data, prompts=()), arch, runtime, config.training.max_train_steps)
     runtime.close()
 
 
@@ -145,7 +177,7 @@ def open_inputs(entry: Entry, config: Config) -> tuple[DataPlan, Architecture]:
     data = read_data(config, also=[lambda: table.find(optimizer.optimizer_type), lambda: _check_thumbnail(config),
                                    lambda: tracker_arguments(config.logging.log_tracker_config)])
     table.check(optimizer.optimizer_type, optimizer.optimizer_args)  # tries it out, which takes torch
-    arch = importlib.import_module(entry.architecture).open_architecture(config.model, config.architecture)
+    arch = architecture_of(entry).open_architecture(config.model, config.architecture)
     for line in arch.describe().splitlines():
         log.info(line)
     for path in endangered(config.saving.output_dir, config.saving.output_name, arch.files()):

@@ -80,6 +80,8 @@ def _syntax_error(path: Path, text: str, error: tomllib.TOMLDecodeError) -> User
         remedy = "write Windows paths with / or between 'single quotes'"
     elif "overwrite" in reason:
         remedy = "this key stands twice; remove one of them"
+    elif "Invalid value" in reason:
+        remedy = "texts stand in \"quotes\", true and false in small letters, decimals after a digit (0.5)"
     return UserError(f"not valid TOML: {reason}", place=f"{path}:{line}", remedy=remedy)
 
 

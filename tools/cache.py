@@ -143,7 +143,7 @@ def _import(arguments: argparse.Namespace) -> int:
     data, arch = open_inputs(entry, config)
     runtime = join(config, data)
     for what, items in (("training", data.selection.train), ("validation", data.selection.validation)):
-        if items is not None and len(items):
+        if len(items):
             _import_items(what, items, config, arch, layout, encoding_dtype(runtime), arguments.ignore_dates)
     runtime.close()
     return 0
@@ -189,4 +189,5 @@ def _size(count: int) -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     sys.exit(main(sys.argv[1:]))

@@ -92,9 +92,6 @@ class Flux:
         return encode_text(encoders.modules["clip"], encoders.modules["t5"], encoders.tokenizers, captions,
                            self.text_tokens, self.options.apply_t5_attn_mask)
 
-    def truncation_note(self, encoders: TextEncoders) -> str:
-        return encoders.tokenizers.truncation_note(self.text_tokens)
-
     def predict(self, denoiser: nn.Module, x_t: torch.Tensor, level: torch.Tensor,
                 text: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return predict(denoiser, x_t, level, text, self.options.guidance_scale, self.options.apply_t5_attn_mask)
@@ -126,7 +123,7 @@ def open_architecture(model: ModelOptions, options: FluxOptions) -> Flux:
 
 
 def open_token_meter(model: ModelOptions, options: FluxOptions) -> TokenMeter:
-    """What ``page.py`` counts captions with: reads the transformer's header and the tokenizers. UserError without them."""
+    """What captions are counted with: reads the transformer's header and the tokenizers. UserError without them."""
     variant, clip, t5 = open_tokenizers(
         str(model.pretrained_model_name_or_path), clip_l=options.clip_l, t5xxl=options.t5xxl,
         clip_l_tokenizer=options.clip_l_tokenizer, t5xxl_tokenizer=options.t5xxl_tokenizer)

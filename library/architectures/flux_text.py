@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,20 +14,10 @@ from library.architectures.tokenizers import refuse_unknown_tokens
 
 @dataclass
 class Tokenizers:
-    """Both tokenizers, and how many captions each has cut short since the last ``truncation_note``."""
+    """Both tokenizers."""
 
     clip: Any
     t5: Any
-    truncated: dict[str, int] = field(default_factory=lambda: {"CLIP": 0, "T5": 0})
-
-    def truncation_note(self, t5_length: int) -> str:
-        """One line about captions that did not fit, or an empty string; counting starts anew."""
-        clip, t5 = self.truncated["CLIP"], self.truncated["T5"]
-        self.truncated.update(CLIP=0, T5=0)
-        if t5:
-            return (f"{t5} captions are longer than {t5_length} T5 tokens and were cut there (--t5xxl_max_token_length); "
-                    f"CLIP, which reads 77 tokens, saw the beginning of {clip}")
-        return f"{clip} captions are longer than CLIP's 77 tokens: it saw their beginning, T5 all of them" if clip else ""
 
 
 @torch.no_grad()
@@ -36,7 +26,7 @@ def encode_text(clip: nn.Module, t5: nn.Module, tokenizers: Tokenizers, captions
     """``t5`` (B, t5_length, D), ``clip_pooled`` (B, D) in the encoders' dtypes, ``t5_mask`` (B, t5_length) bool (true: a token).
 
     With ``apply_mask`` padding is hidden from T5; without, T5 attends to it as the published model does. The mask is
-    returned in both cases. Captions too long for an encoder are cut (end token kept) and counted in ``tokenizers.truncated``.
+    returned in both cases. Captions too long for an encoder are cut, with their end token kept (``flux_tokens.py`` counts which).
     """
     words = t5.get_input_embeddings().weight  # (V, D)
     ids, mask = _tokenise(tokenizers, "T5", captions, t5_length, words.shape[0])
@@ -57,10 +47,7 @@ def _tokenise(tokenizers: Tokenizers, kind: str, captions: Sequence[str], length
               vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token numbers and mask, both (B, length) int64 on the CPU. UserError when the encoder has no row for a token."""
     tokenizer = tokenizers.clip if kind == "CLIP" else tokenizers.t5
-    captions = list(captions)
-    whole = tokenizer(captions, verbose=False)["input_ids"]
-    tokenizers.truncated[kind] += sum(len(row) > length for row in whole)
-    encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_attention_mask=True,
+    encoded = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_attention_mask=True,
                         return_tensors="pt")
     ids = encoded["input_ids"]
     refuse_unknown_tokens(int(ids.max()), vocabulary, kind, "--clip_l_tokenizer" if kind == "CLIP" else "--t5xxl_tokenizer")

@@ -50,8 +50,12 @@ def missing_file(config: Config, flag: str, path: Path) -> Problem | None:
     """The conflict of a path that is not there, with the nearest name in its folder."""
     if path.exists():
         return None
+    beside = Path(config.place(flag).rsplit(":", 2)[0]).parent / path  # of the file that names it, when it is not a flag
+    if not config.place(flag).startswith("--") and beside.exists():
+        return conflict(config, flag, f"no such file or folder: {path}",
+                        f"paths in this file are looked up from {Path.cwd()}: write {beside}, or start there")
     try:
-        siblings = [entry.name for entry in path.parent.iterdir()]
+        siblings = [entry.name for entry in path.parent.iterdir() if path.suffix in ("", entry.suffix) or entry.stem == path.stem]
         remedy = nearest(path.name, siblings) or "check the spelling of the path"
     except OSError:
         remedy = f"there is no folder {path.parent} either; paths are looked up from {Path.cwd()}"
@@ -213,10 +217,7 @@ def _buckets(config: Config) -> Iterator[Problem]:
 
 def _caching(config: Config) -> Iterator[Problem]:
     caching = config.caching
-    if caching.cache_dir is not None and not (caching.on_disk or config.dataset.cache_info):
-        yield conflict(config, "cache_dir cache_latents_to_disk cache_text_encoder_outputs_to_disk", "nothing is cached on disk",
-                       "add --cache_latents_to_disk or --cache_text_encoder_outputs_to_disk, or leave it out")
-    elif caching.cache_dir is not None:
+    if caching.cache_dir is not None:  # whether it is used the dataset file says, which may set cache_info (spec_check.py)
         yield from _writable(config, "cache_dir", caching.cache_dir)
     skipping = next((flag for flag in ("skip_cache_check", "skip_latents_validity_check") if getattr(caching, flag)), None)
     if skipping and caching.cache_check == "full":

@@ -101,14 +101,6 @@ class DatasetOptions:
                                                default_text="every epoch, without --validate_every_n_steps", title=_VALIDATION)
     max_validation_steps: int | None = flag(None, "batches to measure at most", minimum=0, off="0", title=_VALIDATION)
 
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """``resolution`` as (width, height) in pixels."""
-        if self.resolution is None:
-            return None
-        sides = [int(side) for side in self.resolution.split(",")]
-        return sides[0], sides[-1]
-
     def workers(self, latents_cached: bool) -> int:
         """Processes to start: cached latents need none."""
         return 0 if latents_cached else min(self.max_data_loader_n_workers, os.cpu_count() or 1)

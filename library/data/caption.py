@@ -71,10 +71,10 @@ def render(text: str, rules: CaptionRules, seed: int, epoch: int, sample_id: str
     return _compose(text, rules, Keyed(seed, epoch, sample_id, "caption"), share)
 
 
-def variants(text: str, rules: CaptionRules, seed: int, item_id: str, count: int) -> list[str]:
-    """``count`` texts for one caption, a single one when they would all be the same. The first texts of a larger count are
-    those of a smaller one, so raising it encodes only the new ones. Token warm-up plays no part."""
-    return [_compose(text, rules, Keyed(seed, "variant", number, item_id), 1.0) for number in range(count if rules.varies else 1)]
+def variant(text: str, rules: CaptionRules, seed: int, item_id: str, number: int) -> str:
+    """The ``number``-th (from 0) of the texts that stand for one caption in a cache. It does not depend on how many there are, so
+    raising that encodes only the new ones. Token warm-up plays no part. Without ``rules.varies`` all are the same."""
+    return _compose(text, rules, Keyed(seed, "variant", number, item_id), 1.0)
 
 
 def _compose(text: str, rules: CaptionRules, draws: Keyed, share: float) -> str:

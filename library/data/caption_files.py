@@ -67,11 +67,22 @@ def joined(caption: Any, tags: Any, separator: str) -> str:
     for name, value in (("caption", caption), ("tags", tags)):
         if not (value is None or isinstance(value, str)):
             raise ValueError(f"its {name} is not a text: {str(value)[:40]}")
+        if value and not is_text(value):
+            raise ValueError(f"its {name} holds characters that are none: {value[:40]!r}")
     tags = " ".join((tags or "").split("\n")).strip()
     lines = [line.strip() for line in (caption or "").splitlines() if line.strip()]
     if tags and lines:
         return "\n".join(f"{line}{separator}{tags}" for line in lines)
     return "\n".join(lines) or tags
+
+
+def is_text(value: str) -> bool:
+    """Without NUL and without halves of surrogate pairs, which JSON can spell. (Bytes of a file name that are not UTF-8 pass.)"""
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
 
 
 def decode(data: bytes, path: str) -> str:
@@ -90,7 +101,7 @@ def decode(data: bytes, path: str) -> str:
 def _of_json(text: str, path: str, separator: str) -> str:
     try:
         values = json.loads(text) if text.strip() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}", place=path, remedy="mend or remove the file") from None
     if not isinstance(values, dict):
         raise UserError("not a JSON object", place=path, remedy='write {"caption": "...", "tags": "..."}')

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy
 from PIL import Image, ImageCms
 
-from library.data.header import open_picture, orientation
+from library.data.bucket import Size
+from library.data.header import TRANSPOSE, open_picture, orientation
 from library.errors import UserError
 
 _GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N", "I")
@@ -42,14 +43,22 @@ class Decoded:
         return Image.composite(self.rgb, Image.new("RGB", self.rgb.size, color), self.alpha)
 
 
+def upright(picture: Image.Image, turn: int) -> Image.Image:
+    """A picture as it stands in the file -> as it is to be seen."""
+    return picture.transpose(TRANSPOSE[turn]) if turn in TRANSPOSE else picture
+
+
 @contextmanager
-def decoded(source: Path | bytes, place: str) -> Iterator[Decoded]:
+def decoded(source: Path | bytes, place: str, at_least: Size | None = None) -> Iterator[Decoded]:
     """The decoded picture, valid inside the ``with``: its memory is the decoder's own. ``place`` is the path to show.
 
-    Raises UserError for whatever keeps the file from being decoded."""
+    ``at_least``: where the format has reduced sizes, one of those that is no smaller than this will do (it is quicker). Raises
+    UserError for whatever keeps the file from being decoded."""
     with open_picture(io.BytesIO(source) if isinstance(source, bytes) else source, place) as picture:
         turn = orientation(picture)
         try:
+            if at_least is not None:
+                picture.draft(None, at_least)
             picture.load()
             result = Decoded(*_channels(picture), turn)
         except UserError as error:

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy
 
 from library.data.index import Columns, equal, join
+from library.data.keys import KEY_BYTES
 from library.data.listing import Found
 from library.data.look import CHUNK, UNKNOWN, Chunk, Looked, Rules, look_at
 from library.data.problems import Tally
@@ -36,7 +37,7 @@ def examine(found: Found, old: Columns | None, same_captions: bool, subset: Subs
     columns = draft.columns(sound)
     if old is None or not same_captions or draft.settled or not columns.same(old):
         return columns, True
-    return replace(old, content=columns.content) if draft.looked_again else old, False
+    return replace(old, content=columns.content, mask_content=columns.mask_content) if draft.looked_again else old, False
 
 
 class _Draft:
@@ -50,7 +51,8 @@ class _Draft:
         self.caption_stamps = self._of_old("caption_stamps", (2,), numpy.int64, UNKNOWN)
         self.sizes = self._of_old("sizes", (2,), numpy.int32)
         self.name_hash = self._of_old("name_hash", (), numpy.uint64)
-        self.content = self._of_old("content", (16,), numpy.uint8)
+        self.content = self._of_old("content", (KEY_BYTES,), numpy.uint8)
+        self.mask_stamps, self.mask_content = self._masks_of_old()
         self.hashed = numpy.full(self.count, old is not None) if self.origin is None else self.origin >= 0
         self.parts, self.part, self.row = [Strings.of([]) if old is None else old.captions], None, None
         if found.sources is None:
@@ -62,7 +64,7 @@ class _Draft:
         self.looked_again = False  # some hashes of contents are not believed any more
         self.settled = False  # files that were too new to be believed are old enough now
         if check != "none" and old is not None:
-            for stamps in (self.stamps, self.caption_stamps):
+            for stamps in (self.stamps, self.caption_stamps, *([] if self.mask_stamps is None else [self.mask_stamps])):
                 unsure = _unsure(stamps, old.started)
                 self.settled = self.settled or bool((unsure & ~_unsure(stamps, began)).any())
                 stamps[unsure] = UNKNOWN
@@ -71,7 +73,8 @@ class _Draft:
         """At all files, or with ``check`` "none" at those that nothing is known of."""
         rows = numpy.arange(self.count)
         if self.check == "none":
-            rows = rows[(self.stamps[:, 0] == UNKNOWN) | (self.caption_stamps[:, 0] == UNKNOWN)]
+            unknown = (self.stamps[:, 0] == UNKNOWN) | (self.caption_stamps[:, 0] == UNKNOWN)
+            rows = rows[unknown if self.mask_stamps is None else unknown | (self.mask_stamps[:, 0] == UNKNOWN)]
         chunks = [self._chunk(rules, rows[start:start + CHUNK]) for start in range(0, len(rows), CHUNK)]
         for looked in look_at(chunks):
             self._take(looked)
@@ -87,7 +90,8 @@ class _Draft:
             captions = old.captions
         sources = found.sources if found.sources is not None else numpy.zeros(self.count, dtype=numpy.int16)
         return Columns(self.began, old.names if same_names else found.names, captions, found.masks, self.stamps,
-                       self.caption_stamps, self.name_hash, self.sizes, found.weights, sources, self.content, sound)
+                       self.caption_stamps, self.mask_stamps, self.name_hash, self.sizes, found.weights, sources, self.content,
+                       self.mask_content, sound)
 
     def _of_old(self, name: str, shape: tuple[int, ...], dtype: type, missing: int = 0) -> numpy.ndarray:
         """A column's old values, in a new array."""
@@ -99,14 +103,34 @@ class _Draft:
             values[known] = getattr(self.old, name)[self.origin[known]]
         return values
 
+    def _masks_of_old(self) -> tuple[numpy.ndarray | None, numpy.ndarray | None]:
+        """Stamps and hashes of masks, known where the picture has the same mask file as before; None without mask files."""
+        masks, old = self.found.masks, self.old
+        if masks is None:
+            return None, None
+        if old is not None and self.origin is None and equal(masks, old.masks):
+            return old.mask_stamps.copy(), old.mask_content.copy()
+        stamps = numpy.full((self.count, 2), UNKNOWN, dtype=numpy.int64)
+        content = numpy.zeros((self.count, KEY_BYTES), dtype=numpy.uint8)
+        if old is not None and old.masks is not None:
+            origin = numpy.arange(self.count) if self.origin is None else self.origin
+            same = numpy.array([at >= 0 and old.masks[at] == mask for mask, at in zip(masks, origin.tolist(), strict=True)],
+                               dtype=bool)
+            stamps[same], content[same] = old.mask_stamps[origin[same]], old.mask_content[origin[same]]
+        return stamps, content
+
     def _chunk(self, rules: Rules, rows: numpy.ndarray) -> Chunk:
-        names = join([self.found.names], numpy.zeros(len(rows)), rows)
-        sources = None if self.found.sources is None else self.found.sources[rows]
-        return Chunk(rules, rows, names, self.stamps[rows], sources, self.caption_stamps[rows], self.hashed[rows])
+        found, first = self.found, numpy.zeros(len(rows))
+        sources = None if found.sources is None else found.sources[rows]
+        masks = (None, None) if found.masks is None else (join([found.masks], first, rows), self.mask_stamps[rows])
+        return Chunk(rules, rows, join([found.names], first, rows), self.stamps[rows], sources, self.caption_stamps[rows],
+                     self.hashed[rows], *masks)
 
     def _take(self, looked: Looked) -> None:
         self.stamps[looked.rows], self.sizes[looked.rows], self.content[looked.rows] = looked.stamps, looked.sizes, 0
-        self.looked_again = self.looked_again or len(looked.rows) > 0
+        if self.mask_stamps is not None:
+            self.mask_stamps[looked.mask_rows], self.mask_content[looked.mask_rows] = looked.mask_stamps, 0
+        self.looked_again = self.looked_again or len(looked.rows) + len(looked.mask_rows) > 0
         self.name_hash[looked.name_rows] = looked.name_hash
         rows = looked.caption_rows
         if len(rows):

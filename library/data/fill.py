@@ -7,6 +7,7 @@ time. Several ranks share the work; what they wrote is seen by all of them when 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,15 +35,17 @@ from library.data.filling import (
 )
 from library.data.image import load_view, mask_to_cells
 from library.data.items import Items
-from library.data.keys import SIZE, UNKNOWN, LatentKeys, content_hash
+from library.data.keys import KEY_BYTES, UNKNOWN, LatentKeys, as_keys, content_hash
 from library.errors import UserError, raise_all
 
 if TYPE_CHECKING:
     from library.data.store import Store
 
-Remember = Callable[[int, numpy.ndarray, numpy.ndarray], None]  # (number of the listing, its rows (n,), hashes (n, 16))
+# (number of the listing, its rows (n,), hashes (n, 16) uint8 of pictures, those of masks or None for a listing without masks)
+Remember = Callable[[int, numpy.ndarray, numpy.ndarray, numpy.ndarray | None], None]
 Told = tuple[str, str, str]  # a UserError on its way between ranks
 SHOWN = 5
+REMEMBER_SECONDS = 120.0  # so much of the work of hashing is lost when a run is killed
 
 
 def fill_latents(items: Items, store: Store, encode: Callable[[torch.Tensor], torch.Tensor], identity: str, batch_size: int, *,
@@ -52,19 +55,19 @@ def fill_latents(items: Items, store: Store, encode: Callable[[torch.Tensor], to
     as it is, column 1 flipped where its subset flips (else, and with ``flips`` False, -1). Items without a mask have none.
 
     ``encode``: (B, 3, H, W) uint8 on the CPU -> (B, C, h, w) on any device; pictures of one size. ``folders``: the folder of
-    the store for each listing. ``remember`` is called on the first rank with the hashes of files that had none. Raises
-    UserErrors for pictures that cannot be decoded (after all the others are done) and UserError naming the picture when the
-    encoder's answer is not finite in half precision.
+    the store for each listing. ``remember`` is called with the hashes of files that had none or others: while the work goes on
+    and when it ends, in whatever way, on each rank with its own, and on the first one with those of the others too. Raises
+    UserErrors for pictures and masks that cannot be read or decoded (after all the others are done) and UserError naming the
+    picture when the encoder's answer is not finite in half precision.
     """
-    job = _Latents(items, store, encode, identity, batch_size, folders[items.listing], flips, ranks, progress)
-    job.hash_masks()
+    job = _Latents(items, store, encode, identity, batch_size, folders[items.listing], flips, ranks, progress, remember)
+    job.agree()
 
     def merge(shares: list[_Share]) -> None:
-        learned = job.learn(shares)
-        if remember is not None and ranks.rank == 0:
-            for listing in numpy.unique(items.listing[learned]).tolist():
-                rows = learned[items.listing[learned] == listing]
-                remember(listing, items.row[rows].astype(numpy.int64), job.content[rows])
+        if ranks.rank == 0:
+            for share in shares[1:]:  # who may have an index of their own, on another machine
+                job.remember(share.rows, share.hashes)
+        job.learn(shares)
         errors = errors_of(share.errors for share in shares)
         if len(errors) > SHOWN:
             errors = [*errors[:SHOWN], UserError(f"{len(errors) - SHOWN} more: pictures that cannot be decoded")]
@@ -76,10 +79,10 @@ def fill_latents(items: Items, store: Store, encode: Callable[[torch.Tensor], to
 
 @dataclass(frozen=True)
 class _Share:
-    """What one rank learned: content hashes of ``rows`` (n, 16), and which pictures cannot be decoded."""
+    """What one rank learned: content hashes of ``rows`` (n,), and which pictures cannot be decoded."""
 
     rows: numpy.ndarray
-    hashes: numpy.ndarray
+    hashes: numpy.ndarray  # (n, 2, 16) uint8: of the picture, of its mask file
     errors: list[Told]
 
 
@@ -89,7 +92,7 @@ class _Decoded:
 
     row: int
     path: str
-    content: bytes
+    hashes: bytes  # 32: of the picture, of its mask file
     keys: tuple[bytes | None, bytes | None]
     pixels: torch.Tensor | None  # (3, H, W) uint8
     mask: torch.Tensor | None  # (H, W) uint8
@@ -106,75 +109,79 @@ class _ToEncode:
 
 
 class _Latents:
-    """One call of ``fill_latents``. Columns are aligned with the items; keys (N, 16) are those of the contents as known."""
+    """One call of ``fill_latents``. Columns are aligned with the items; keys (N, 16) are those of the contents as known. A row
+    is known when the hashes of its picture and of its mask file, if it has one, are."""
 
     def __init__(self, items: Items, store: Store, encode: Callable[[torch.Tensor], torch.Tensor], identity: str, batch_size: int,
-                 folder: numpy.ndarray, flips: bool, ranks: Ranks, progress: Progress | None):
+                 folder: numpy.ndarray, flips: bool, ranks: Ranks, progress: Progress | None, remember: Remember | None):
         self.items, self.store, self.encode, self.batch_size = items, store, encode, batch_size
-        self.folder, self.ranks, self.progress = folder, ranks, progress
-        self.content = items.column("content")
-        self.mask_content = numpy.zeros_like(self.content)
+        self.folder, self.ranks, self.progress, self._remember = folder, ranks, progress, remember
+        self.hashes = numpy.zeros((len(items), 2, KEY_BYTES), dtype=numpy.uint8)  # of the picture, of its mask file
+        self.hashes[:, 0] = items.column("content")
+        self.masked = numpy.zeros(len(items), dtype=bool)  # rows that have a mask file
+        self._take_masks()
         self.naming = LatentKeys(items, identity)
         flipping = numpy.array([flips and subset.augment.flip for subset in items.subsets])
         self.flipped = flipping[items.listing]
         self.rows = numpy.full((len(items), 2), -1, dtype=numpy.int64)
         self._stale = numpy.ones(len(items), dtype=bool)  # rows whose keys do not fit their content
-        self._keys = [numpy.zeros_like(self.content), numpy.zeros_like(self.content)]
+        self._keys = [numpy.zeros((len(items), KEY_BYTES), dtype=numpy.uint8) for _ in range(2)]
         self._claimed: set[bytes] = set()
         self._lock = threading.Lock()
 
-    def hash_masks(self) -> None:
-        """The content of mask files is part of the keys. They are small and not listed with hashes, so each start reads them."""
-        items = self.items
-        masked = [number for number, listing in enumerate(items.listings) if listing.masks is not None]
-        rows = numpy.flatnonzero(numpy.isin(items.listing, masked)).tolist()
+    def _take_masks(self) -> None:
+        for number, (listing, subset) in enumerate(zip(self.items.listings, self.items.subsets, strict=True)):
+            if listing.masks is None or subset.mask == "alpha":
+                continue
+            rows = numpy.flatnonzero(self.items.listing == number)
+            at = self.items.row[rows]
+            there = numpy.diff(listing.masks.offsets)[at] > 0
+            self.masked[rows] = there
+            self.hashes[rows[there], 1] = listing.mask_content[at[there]]
 
-        def read(row: int) -> bytes | UserError:
-            listing = items.listings[items.listing[row]]
-            name = listing.masks[int(items.row[row])]
-            try:
-                return content_hash(_read(Path(name), "mask")) if name else UNKNOWN
-            except UserError as error:
-                return error
+    def agree(self) -> None:
+        """All ranks begin with what the first one knows: another run may have added to the index while they read it."""
+        if len(set(self.ranks.exchange(content_hash(self.hashes.tobytes())))) > 1:
+            self.hashes = self.ranks.exchange(self.hashes if self.ranks.rank == 0 else None)[0]
 
-        def hashes() -> list[bytes | UserError]:
-            with ThreadPoolExecutor(thread_count(self.ranks)) as pool:
-                found = list(ahead(pool, read, rows[self.ranks.rank::self.ranks.world_size], 64))
-            raise_all([one for one in found if isinstance(one, UserError)][:SHOWN])
-            return found
-
-        if rows:
-            for rank, found in enumerate(self.ranks.together(hashes)):
-                mine = rows[rank::self.ranks.world_size]
-                self.mask_content[mine] = numpy.frombuffer(b"".join(found), dtype=numpy.uint8).reshape(-1, SIZE)
+    def _known(self) -> numpy.ndarray:
+        has = self.hashes.any(axis=2)
+        return has[:, 0] & (has[:, 1] | ~self.masked)
 
     def missing(self) -> numpy.ndarray:
         """Rows to look at, sorted by folder, then by group, each distinct picture once; ``self.rows`` is up to date then."""
-        known = self.content.any(axis=1)
+        known = self._known()
         changed = numpy.flatnonzero(self._stale & known)
         for flip in (False, True):
             some = changed[self.flipped[changed]] if flip else changed
-            self._keys[flip][some] = self.naming.of_many(some, flip, self.content[some], self.mask_content[some])
+            self._keys[flip][some] = self.naming.of_many(some, flip, self.hashes[some, 0], self.hashes[some, 1])
             wanted = numpy.flatnonzero(known & self.flipped if flip else known)
             self.rows[wanted, int(flip)] = self.store.find(self._keys[flip][wanted])
         self._stale[changed] = False
         lacking = numpy.flatnonzero(~known | (self.rows[:, 0] < 0) | (self.flipped & (self.rows[:, 1] < 0)))
         # Rows of equal content differ in nothing that is encoded, save where only one of them is flipped: that one comes first.
         order = lacking[numpy.lexsort((lacking, ~self.flipped[lacking]))]
-        names = numpy.ascontiguousarray(self._keys[0][order]).view(f"V{SIZE}").reshape(-1)
+        names = numpy.ascontiguousarray(self._keys[0][order]).view(f"V{KEY_BYTES}").reshape(-1)
         _, first = numpy.unique(names, return_index=True)
         todo = numpy.concatenate([order[first][known[order[first]]], order[~known[order]]])
         return todo[numpy.lexsort((todo, self.items.group[todo], self.folder[todo]))]
 
     def work(self, todo: numpy.ndarray, written: list[bytes]) -> _Share:
-        """Encode this rank's share of ``todo``."""
+        """Encode this rank's share of ``todo``; what is learned of the files is kept every now and then, and at the end."""
         self._claimed.clear()
         run = self.folder[todo].astype(numpy.int64) << 32 | self.items.group[todo]
         runs = [part.tolist() for part in numpy.split(todo, numpy.flatnonzero(numpy.diff(run)) + 1)]
         mine = share_of(self.ranks, runs, self.batch_size)
         rows, hashes, errors = [], bytearray(), []
-        with FolderWriter(self.store, written) as writer, ThreadPoolExecutor(thread_count(self.ranks)) as pool:
-            decoded = ahead(pool, self._decode, mine, 2 * thread_count(self.ranks) + 2 * self.batch_size)
+        kept, kept_at = 0, time.monotonic()
+
+        def keep() -> None:
+            nonlocal kept, kept_at
+            self.remember(numpy.array(rows[kept:], dtype=numpy.int64), _pairs(hashes[2 * KEY_BYTES * kept:]))
+            kept, kept_at = len(rows), time.monotonic()
+
+        with FolderWriter(self.store, written) as writer, ThreadPoolExecutor(thread_count()) as pool:
+            decoded = ahead(pool, self._decode, mine, 2 * thread_count() + 2 * self.batch_size)
 
             def told() -> Iterator[_Decoded]:
                 for number, one in enumerate(decoded, 1):
@@ -182,7 +189,9 @@ class _Latents:
                         errors.extend(flat(one.error))
                     else:
                         rows.append(one.row)
-                        hashes.extend(one.content)
+                        hashes.extend(one.hashes)
+                        if time.monotonic() - kept_at > REMEMBER_SECONDS:
+                            keep()
                         yield one
                     if self.progress and number < len(mine):
                         self.progress(number, len(mine), len(written))
@@ -191,51 +200,72 @@ class _Latents:
                 self._encode_all(self._batches(told()), writer, todo)
             finally:
                 pool.shutdown(cancel_futures=True)
+                keep()
             if self.progress and mine:
                 self.progress(len(mine), len(mine), len(written))
-        return _Share(numpy.array(rows, dtype=numpy.int64), numpy.frombuffer(bytes(hashes), dtype=numpy.uint8).reshape(-1, SIZE),
-                      errors)
+        return _Share(numpy.array(rows, dtype=numpy.int64), _pairs(hashes), errors)
 
-    def learn(self, shares: Sequence[_Share]) -> numpy.ndarray:
-        """Take over what the ranks found in the files; returns the rows whose hashes are new."""
+    def remember(self, rows: numpy.ndarray, hashes: numpy.ndarray) -> None:
+        """Keep what ``learn`` has not taken over yet of the hashes (n, 2, 16) of ``rows`` (n,)."""
+        fresh = (self.hashes[rows] != hashes).any(axis=(1, 2))
+        rows, hashes = rows[fresh], hashes[fresh]
+        if self._remember is None or not len(rows):
+            return
+        order = numpy.argsort(rows)
+        rows, hashes = rows[order], hashes[order]
+        for listing in numpy.unique(self.items.listing[rows]).tolist():
+            here = self.items.listing[rows] == listing
+            masks = None if self.items.listings[listing].masks is None else hashes[here, 1]
+            self._remember(listing, self.items.row[rows[here]].astype(numpy.int64), hashes[here, 0], masks)
+
+    def learn(self, shares: Sequence[_Share]) -> None:
+        """Take over what the ranks found in the files."""
         rows = numpy.concatenate([share.rows for share in shares])
         hashes = numpy.concatenate([share.hashes for share in shares])
-        fresh = (self.content[rows] != hashes).any(axis=1)
-        self.content[rows[fresh]] = hashes[fresh]
-        self._stale[rows[fresh]] = True
-        return numpy.unique(rows[fresh])
+        self._stale[rows[(self.hashes[rows] != hashes).any(axis=(1, 2))]] = True
+        self.hashes[rows] = hashes
 
     def _decode(self, row: int) -> _Decoded:
-        """One file: read once, hashed, looked up, and decoded when something of it has to be encoded. Runs in a thread."""
+        """One picture and its mask file: read once, hashed, looked up, and decoded when something of it has to be encoded. Runs
+        in a thread."""
         item = self.items[row]
         path = str(item.path)
         try:
-            data = _read(item.path, "picture")
-            content = content_hash(data)
             mask, mask_content = item.mask, UNKNOWN
             if isinstance(mask, Path):
                 mask = _read(mask, "mask")
                 mask_content = content_hash(mask)
+                known = self.hashes[row, 0].tobytes()  # of masks that were only copied or touched the pictures are not read
+                if known != UNKNOWN and (self._find(self._names(row, known, mask_content)) >= 0).all():
+                    return _Decoded(row, path, known + mask_content, (None, None), None, None)
+            data = _read(item.path, "picture")
+            content = content_hash(data)
             keys = self._wanted(row, content, mask_content)
             if keys == (None, None):
-                return _Decoded(row, path, content, keys, None, None)
+                return _Decoded(row, path, content + mask_content, keys, None, None)
             pixels, alpha = load_view(data, plain_view(item), path, mask)
-            return _Decoded(row, path, content, keys, pixels, alpha)
+            return _Decoded(row, path, content + mask_content, keys, pixels, alpha)
         except UserError as error:
             return _Decoded(row, path, b"", (None, None), None, None, error)
 
+    def _names(self, row: int, content: bytes, mask_content: bytes) -> list[bytes]:
+        """The keys of (plain[, flipped])."""
+        flips = (False, True) if self.flipped[row] else (False,)
+        return [self.naming.of(row, flip, content, mask_content) for flip in flips]
+
+    def _find(self, names: list[bytes]) -> numpy.ndarray:
+        return self.store.find(as_keys(b"".join(names)))
+
     def _wanted(self, row: int, content: bytes, mask_content: bytes) -> tuple[bytes | None, bytes | None]:
-        keys: list[bytes | None] = [self.naming.of(row, False, content, mask_content), None]
-        if self.flipped[row]:
-            keys[1] = self.naming.of(row, True, content, mask_content)
-        asked = [key for key in keys if key is not None]
-        found = self.store.find(numpy.frombuffer(b"".join(asked), dtype=numpy.uint8).reshape(-1, SIZE))
+        """The keys that this row has to encode, None for the others."""
+        names = self._names(row, content, mask_content)
+        found = self._find(names).tolist()
+        keys: list[bytes | None] = [None, None]
         with self._lock:  # two copies of a picture are encoded once
-            for index, at in enumerate(found.tolist()):
-                if at >= 0 or asked[index] in self._claimed:
-                    keys[index] = None
-                else:
-                    self._claimed.add(asked[index])
+            for flip, at in enumerate(found):
+                if at < 0 and names[flip] not in self._claimed:
+                    self._claimed.add(names[flip])
+                    keys[flip] = names[flip]
         return keys[0], keys[1]
 
     def _batches(self, decoded: Iterator[_Decoded]) -> Iterator[list[_ToEncode]]:
@@ -287,12 +317,17 @@ class _Latents:
         """Before the first batch is written. Files that have no hash yet may turn out to be cached, unless nothing is."""
         if self.store.in_memory:
             return
-        sure = todo if len(self.store) == 0 else todo[self.content[todo].any(axis=1)]
+        sure = todo if len(self.store) == 0 else todo[self._known()[todo]]
         per_pixel = latents[0].numel() * 2 / (pixels.shape[1] * pixels.shape[2])
         area = numpy.array([width * height for _, (width, height) in self.items.groups], dtype=numpy.float64)
         sizes = area[self.items.group[sure]] * (1 + self.flipped[sure]) * per_pixel
         require_space(self.store, {int(folder): float(sizes[self.folder[sure] == folder].sum())
                                    for folder in numpy.unique(self.folder[sure])})
+
+
+def _pairs(hashes: bytes | bytearray) -> numpy.ndarray:
+    """Hashes of pictures and masks in turn -> (n, 2, 16) uint8."""
+    return as_keys(hashes).reshape(-1, 2, KEY_BYTES)
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -9,7 +9,7 @@ import numpy
 import torch
 
 from library.data.filling import FolderWriter, Progress, Ranks, fill_rounds, leaving, require_finite, require_space, share_of
-from library.data.keys import SIZE, text_keys
+from library.data.keys import KEY_BYTES, text_keys
 
 if TYPE_CHECKING:
     from library.data.store import Store
@@ -31,7 +31,7 @@ def fill_text(texts: Sequence[str], folders: numpy.ndarray, store: Store,
     def missing() -> numpy.ndarray:
         rows[:] = store.find(keys)
         lacking = numpy.flatnonzero(rows < 0)
-        _, first = numpy.unique(numpy.ascontiguousarray(keys[lacking]).view(f"V{SIZE}").reshape(-1), return_index=True)
+        _, first = numpy.unique(numpy.ascontiguousarray(keys[lacking]).view(f"V{KEY_BYTES}").reshape(-1), return_index=True)
         todo = lacking[first]
         return todo[numpy.lexsort((todo, folders[todo]))]
 

@@ -3,7 +3,6 @@ while the next batch is computed, and questions asked before a disk is full."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,10 +15,12 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy
 import torch
 
+from library.data.cores import own_cores
+from library.data.keys import KEY_BYTES
 from library.errors import UserError, UserErrors, raise_all
 
 if TYPE_CHECKING:
-    from library.data.store import Store
+    from library.data.store import Record, Store
 
 Progress = Callable[[int, int, int], None]  # (looked at, to look at, encoded), of this rank's share
 T, R = TypeVar("T"), TypeVar("R")
@@ -106,10 +107,9 @@ def ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], inputs: Iterable[T],
         futures += [pool.submit(work, one) for one in islice(waiting, 1)]
 
 
-def thread_count(ranks: Ranks) -> int:
+def thread_count() -> int:
     """Threads that decode: the cores of this process's share of its machine, within reason."""
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks.world_size)
-    return max(2, min(8, (os.cpu_count() or 1) // neighbours))
+    return max(2, min(8, own_cores()))
 
 
 def leaving(values: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -183,16 +183,20 @@ def require_space(store: Store, wanted: dict[int, float]) -> None:
         device = there.stat().st_dev
         disks[device] = (there, disks.get(device, (there, 0.0))[1] + size)
     for there, size in disks.values():
-        free = shutil.disk_usage(there).free
-        if size > free:
-            raise UserError(f"the cache of {store.kind} needs {size / 1e9:.1f} GB more, and this disk has {free / 1e9:.1f} GB",
+        disk = shutil.disk_usage(there)
+        if disk.total and size > disk.free:  # some network drives do not tell their size
+            raise UserError(f"the cache of {store.kind} needs {_amount(size)} more, and this disk has {_amount(disk.free)}",
                             place=str(there), remedy="free some space, or choose another disk with --cache_dir")
+
+
+def _amount(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.2g} MB"
 
 
 def _share(ranks: Ranks, store: Store, keys: list[bytes]) -> None:
     """Memory stores: every rank gets what the others encoded, a piece at a time."""
-    rows = store.find(numpy.frombuffer(b"".join(keys), dtype=numpy.uint8).reshape(-1, 16)).tolist()
-    pieces = _pieces(store, rows)
+    rows = store.find(numpy.frombuffer(b"".join(keys), dtype=numpy.uint8).reshape(-1, KEY_BYTES)).tolist()
+    pieces = _pieces(store.export(rows))
     while True:
         part = next(pieces, None)
         parts = ranks.exchange(part)
@@ -203,13 +207,14 @@ def _share(ranks: Ranks, store: Store, keys: list[bytes]) -> None:
                 store.absorb(one)
 
 
-def _pieces(store: Store, rows: list[int]) -> Iterator[list]:
-    piece, size = [], 0
-    for row in rows:
-        piece.append(row)
-        size += sum(tensor.nbytes for tensor in store.read(row).values())
+def _pieces(records: Iterable[Record]) -> Iterator[list[Record]]:
+    piece: list[Record] = []
+    size = 0
+    for one in records:
+        piece.append(one)
+        size += sum(tensor.nbytes for tensor in one.tensors.values())
         if size >= EXCHANGED_BYTES:
-            yield store.export(numpy.array(piece))
+            yield piece
             piece, size = [], 0
     if piece:
-        yield store.export(numpy.array(piece))
+        yield piece

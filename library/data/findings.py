@@ -4,21 +4,20 @@ second or two; only files that look like duplicates of each other are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy
 
 from library.data import select
-from library.data.bucket import resized
 from library.data.items import Items
 from library.data.duplicates import duplicates
 from library.data.plan import StepPlan, group_facts
 from library.data.scan import Scan
 from library.data.select import Selection
-from library.data.tokens import TokenCount
+from library.data.tokens import Counted, TokenCount
 from library.errors import UserError
 
 TINY = 3.0  # a side enlarged so many times has more made-up pixels than real ones
@@ -52,16 +51,16 @@ class Finding:
 
 
 def gather(scan: Scan, selection: Selection | None, plan: StepPlan | None,
-           tokens: Sequence[tuple[str, Sequence[TokenCount]]] = (), hash_bytes: int = LOG_BYTES) -> list[Finding]:
+           tokens: Counted = Counted(), hash_bytes: int = LOG_BYTES) -> list[Finding]:
     """All findings, the worst first. ``selection`` and ``plan`` are None when nothing is left to train on.
 
-    ``tokens``: (sample id, its counts) of the captions that were counted. At most ``hash_bytes`` of pictures are read.
+    ``tokens``: of the captions that were counted. At most ``hash_bytes`` of pictures are read.
     """
     found = _problems(scan)
     if selection is not None:
         items = selection.train
         found += [*_sizes(items), *_cropped(items), *_lonely(items), *_dropped(scan.items, selection)]
-    found += [*_duplicates(scan.items, hash_bytes), *_too_long(tokens)]
+    found += [*_duplicates(scan.items, hash_bytes), *too_long(tokens)]
     if plan is not None:
         found.append(_epoch(plan))
     return worst_first(found)
@@ -77,7 +76,9 @@ def brief(findings: Iterable[Finding]) -> list[str]:
     lines = []
     for each in findings:
         line = each.title
-        if each.examples and each.severity != "note":
+        if each.examples and line.startswith(f"{each.kind}: "):  # a problem of the scan: its first case says it all
+            line = each.examples[0].text + ("" if line == f"{each.kind}: 1" else f" ({line})")
+        elif each.examples and each.severity != "note":
             line += f" (such as {each.examples[0].text})" if each.examples[0].text not in line else ""
         lines.append(f"{line}; {each.remedy}" if each.remedy and each.severity != "note" else line)
     return lines
@@ -106,39 +107,40 @@ def _problems(scan: Scan) -> list[Finding]:
 
 def _sizes(items: Items) -> list[Finding]:
     """Pictures that are enlarged, and those of which hardly anything is left to see."""
-    scale = scales(items)
+    scale = items.resized.max(axis=1) / items.sizes.max(axis=1)  # above 1 the picture is enlarged
     area = items.sizes.astype(numpy.float64).prod(axis=1)
     wanted = numpy.array([spec.resolution[0] * spec.resolution[1] for spec in items.specs], dtype=numpy.float64)
-    tiny = (scale >= TINY) | (area * TINY**2 <= wanted[_dataset(items)])
+    tiny = (scale >= TINY) | (area * TINY**2 <= wanted[items.dataset])
     grown = ~tiny & (scale > ENLARGED)
     found = []
     if tiny.any():
-        rows = _first(tiny, area)
-        found.append(Finding("tiny", "warning", f"{_pictures(tiny)} tiny for {'its' if tiny.sum() == 1 else 'their'} training size", tuple(
-            Example(f"{_name(items, row)} ({_size(items, row)})", items.path(row)) for row in rows),
-            "replace them, or leave them out with skip_image_resolution"))
+        title = f"{_pictures(tiny)} tiny for {_its(tiny)} training size"
+        found.append(Finding("tiny", "warning", title, _examples(items, _first(tiny, area)),
+                             "replace them, or leave them out with skip_image_resolution"))
     if grown.any():
         worst = float(scale[grown].max())
-        found.append(Finding(
-            "enlarged", "warning" if worst > ENLARGED_A_LOT else "note",
-            f"{_pictures(grown)} enlarged, by up to {worst:.1f} times", tuple(
-                Example(f"{_name(items, row)} ({_size(items, row)}, {scale[row]:.1f} times)", items.path(row))
-                for row in _first(grown, -scale)),
-            "bucket_no_upscale = true keeps their size, skip_image_resolution leaves small ones out"))
+        examples = _examples(items, _first(grown, -scale), lambda row: f", {scale[row]:.1f} times")
+        found.append(Finding("enlarged", "warning" if worst > ENLARGED_A_LOT else "note",
+                             f"{_pictures(grown)} enlarged, by up to {worst:.1f} times", examples,
+                             "bucket_no_upscale = true keeps their size, skip_image_resolution leaves small ones out"))
     return found
 
 
 def _cropped(items: Items) -> list[Finding]:
-    lost = 1 - kept_shares(items)
+    lost = 1 - items.kept_shares
     much = lost > MUCH_CROPPED
     if not much.any():
         return []
-    one_shape = any(not items.specs[int(number)].enable_bucket for number in numpy.unique(_dataset(items)[much]))
+    one_shape = any(not items.specs[int(number)].enable_bucket for number in numpy.unique(items.dataset[much]))
+    worst = items[int(lost.argmax())]
+    rule = items.specs[worst.subset.dataset].rule
+    limited = replace(rule, minimum=rule.step, maximum=None).place(worst.size).bucket != worst.placement.bucket
     remedy = ("enable_bucket = true gives each picture a bucket of its own shape" if one_shape else
-              "wider limits give them buckets of their shape: a smaller min_bucket_reso, a larger max_bucket_reso")
-    return [Finding("cropped", "warning", f"{_pictures(much, 'loses', 'lose')} more than {MUCH_CROPPED:.0%} of their area to the "
-                    "crop", tuple(Example(f"{_name(items, row)} ({_size(items, row)}, {lost[row]:.0%} cut away)", items.path(row))
-                                  for row in _first(much, -lost)), remedy)]
+              "wider limits give them buckets of their shape: a smaller min_bucket_reso, a larger max_bucket_reso" if limited else
+              f"a smaller bucket_reso_steps (now {rule.step}) gives them buckets nearer to their shape")
+    title = f"{_pictures(much, 'loses', 'lose')} more than {MUCH_CROPPED:.0%} of {_its(much)} area to the crop"
+    examples = _examples(items, _first(much, -lost), lambda row: f", {lost[row]:.0%} cut away")
+    return [Finding("cropped", "warning", title, examples, remedy)]
 
 
 def _lonely(items: Items) -> list[Finding]:
@@ -156,7 +158,7 @@ def _lonely(items: Items) -> list[Finding]:
 
 
 def _dropped(items: Items, selection: Selection) -> list[Finding]:
-    """What the settings take out of the training; the selection's notes say how many and why."""
+    """What the settings take out of the training, and what else the selection has to say."""
     words = {select.SKIPPED: ("warning", "left out because of skip_image_resolution", "lower skip_image_resolution to keep them"),
              select.HELD_OUT: ("note", "held out for validation", ""),
              select.SURPLUS: ("warning", "regularisation pictures not used: there are more of them than training pictures shown",
@@ -165,13 +167,10 @@ def _dropped(items: Items, selection: Selection) -> list[Finding]:
     for reason, rows in selection.dropped.items():
         if len(rows):
             severity, what, remedy = words[reason]
-            examples = tuple(Example(f"{_name(items, int(row))} ({_size(items, int(row))})", items.path(int(row)))
-                             for row in rows[:EXAMPLES])
+            examples = _examples(items, rows[:EXAMPLES].tolist())
             count = f"{len(rows)} {what}" if reason == select.SURPLUS else f"{_count(len(rows))} {what}"
             found.append(Finding(reason, severity, count, examples, remedy))
-    # Other notes of the selection: single pictures that cannot be split, folders that are validated on what they train.
-    rest = [note for note in selection.notes if "its only picture" in note or "differ in" in note]
-    return found + [Finding("validation_split", "warning" if "differ" in note else "note", note) for note in rest]
+    return found + [Finding(remark.reason, remark.severity, remark.text) for remark in selection.remarks]
 
 
 def _duplicates(items: Items, hash_bytes: int) -> list[Finding]:
@@ -190,21 +189,23 @@ def _duplicates(items: Items, hash_bytes: int) -> list[Finding]:
     return found
 
 
-def _too_long(tokens: Sequence[tuple[str, Sequence[TokenCount]]]) -> list[Finding]:
-    """One finding for each encoder that cuts captions."""
+def too_long(tokens: Counted, what: str = "caption") -> list[Finding]:
+    """One finding for each encoder that cuts captions, or whatever texts these are."""
     cut: dict[str, list[tuple[str, TokenCount]]] = {}
-    for sample, counts in tokens:
+    for sample, counts in tokens.samples:
         for count in counts:
             if count.tokens > count.limit:
                 cut.setdefault(count.encoder, []).append((sample, count))
-    reach = max((count.limit for _, counts in tokens for count in counts), default=0)
+    reach = max((count.limit for _, counts in tokens.samples for count in counts), default=0)
     found = []
     for encoder, cases in cut.items():
         cases.sort(key=lambda case: -case[1].tokens)
         limit = cases[0][1].limit
         examples = tuple(Example(f"{sample}: {count.tokens} tokens, lost: “{_short(count.lost)}”")
                          for sample, count in cases[:EXAMPLES])
-        title = f"{len(cases)} caption{' is' if len(cases) == 1 else 's are'} longer than the {limit} tokens that {encoder} reads"
+        more = "" if tokens.complete or len(cases) < len(tokens.samples) else " or more"
+        title = (f"{len(cases)}{more} {what}{'s are' if more or len(cases) > 1 else ' is'} longer than the {limit} tokens that "
+                 f"{encoder} reads")
         if limit == reach:
             found.append(Finding("too long", "warning", title, examples, "shorten them, or move what matters to the front"))
         else:
@@ -217,35 +218,9 @@ def _short(text: str) -> str:
 
 
 def _epoch(plan: StepPlan) -> Finding:
-    showings = f"{plan.samples_per_epoch} showings of {_count(len(plan.items))}"
-    return Finding("epoch", "note", f"an epoch is {plan.steps_per_epoch} steps: {showings} in {plan.batches_per_epoch} batches")
-
-
-def scales(items: Items) -> numpy.ndarray:
-    """(N,) float64: how many times longer a side gets; above 1 the picture is enlarged."""
-    return _resized(items).max(axis=1) / items.sizes.max(axis=1)
-
-
-def kept_shares(items: Items) -> numpy.ndarray:
-    """(N,) float64: share of the picture's area inside its bucket."""
-    return _buckets(items).prod(axis=1) / _resized(items).prod(axis=1)
-
-
-def _resized(items: Items) -> numpy.ndarray:
-    """(N, 2) float64."""
-    result, dataset, sizes, buckets = numpy.empty((len(items), 2)), _dataset(items), items.sizes, _buckets(items)
-    for number, spec in enumerate(items.specs):
-        here = dataset == number
-        result[here] = resized(sizes[here], buckets[here], spec.rule)
-    return result
-
-
-def _buckets(items: Items) -> numpy.ndarray:
-    return numpy.array([bucket for _, bucket in items.groups], dtype=numpy.int64).reshape(-1, 2)[items.group]
-
-
-def _dataset(items: Items) -> numpy.ndarray:
-    return numpy.array([number for number, _ in items.groups], dtype=numpy.int64)[items.group]
+    showings = f"{_count(plan.samples_per_epoch, 'showing')} of {_count(len(plan.items))}"
+    return Finding("epoch", "note", f"an epoch is {_count(plan.steps_per_epoch, 'step')}: {showings} in "
+                                    f"{_count(plan.batches_per_epoch, 'batch', 'batches')}")
 
 
 def _first(where: numpy.ndarray, keys: numpy.ndarray) -> list[int]:
@@ -254,8 +229,17 @@ def _first(where: numpy.ndarray, keys: numpy.ndarray) -> list[int]:
     return rows[numpy.argsort(keys[rows], kind="stable")[:EXAMPLES]].tolist()
 
 
-def _count(number: int) -> str:
-    return f"{number} picture{'' if number == 1 else 's'}"
+def _examples(items: Items, rows: Iterable[int], more: Callable[[int], str] = lambda row: "") -> tuple[Example, ...]:
+    """The pictures with their sizes and what ``more`` says of each."""
+    return tuple(Example(f"{_name(items, row)} ({_size(items, row)}{more(row)})", items.path(row)) for row in rows)
+
+
+def _its(where: numpy.ndarray) -> str:
+    return "its" if where.sum() == 1 else "their"
+
+
+def _count(number: int, one: str = "picture", several: str = "") -> str:
+    return f"{number} {one if number == 1 else several or one + 's'}"
 
 
 def _pictures(where: numpy.ndarray, one: str = "is", several: str = "are") -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from library.data.quick_header import quick_size
+from library.data.quick_header import ORIENTATION_TAG, quick_size
 from library.errors import UserError
 
 MAX_PIXELS = 256 * 1024**2  # 800 MB as RGB; larger than any camera's single picture, smaller than a decompression bomb
@@ -19,8 +20,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # The dialect's list plus GIF (first frame) and TIFF. AVIF and JPEG XL only where Pillow can read them.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
 
-READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-_ORIENTATION_TAG = 0x0112
+# Without waiting: a pipe that somebody named like a picture would be waited for without end.
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 TRANSPOSE = {  # EXIF orientation -> what turns the stored picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
@@ -63,7 +64,7 @@ def orientation(picture: Image.Image) -> int:
         return 1
     try:
         # The base class's method: that of PNG would decode the whole picture first.
-        value = Image.Image.getexif(picture).get(_ORIENTATION_TAG, 1)
+        value = Image.Image.getexif(picture).get(ORIENTATION_TAG, 1)
     except Exception:  # damaged EXIF data is as good as none
         return 1
     return value if value in TRANSPOSE else 1
@@ -85,6 +86,8 @@ def picture_size(path: str) -> tuple[tuple[int, int], os.stat_result]:
         handle = os.open(path, READ_FLAGS)
         try:
             state = os.fstat(handle)
+            if not stat.S_ISREG(state.st_mode):
+                raise UserError("not a file that can be read as a picture", place=path, remedy="rename or remove it")
             size = quick_size(handle, state.st_size)
         finally:
             os.close(handle)

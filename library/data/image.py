@@ -22,8 +22,7 @@ from PIL import Image
 from library.data.augment import View
 from library.data.bucket import Placement, Size
 from library.data.color import recolor
-from library.data.decode import Decoded, decoded
-from library.data.header import TRANSPOSE
+from library.data.decode import Decoded, decoded, upright
 from library.errors import UserError
 
 _FILTERS = {
@@ -75,7 +74,7 @@ def mask_to_cells(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def _check_shape(size: Size, resized: Size, place: str) -> None:
     if 2 * abs(resized[0] * size[1] - resized[1] * size[0]) > max(size):  # more than rounding explains
         raise UserError(f"the picture changed its shape to {size[0]}x{size[1]} after it was scanned", place=place,
-                        remedy="start again")
+                        remedy="start again, with --cache_check full if its time is still the old one")
 
 
 def _alpha_part(picture: Decoded, view: View) -> Image.Image:
@@ -113,7 +112,7 @@ def _part(picture: Image.Image, turn: int, place: Placement, interpolation: str)
         part = picture.crop((round(x[0]), round(y[0]), round(x[1]), round(y[1])))
     else:
         part = picture.resize(target, _filter(interpolation, size, place.resized), box=(x[0], y[0], x[1], y[1]))
-    return part.transpose(TRANSPOSE[turn]) if turn in TRANSPOSE else part
+    return upright(part, turn)
 
 
 def _filter(interpolation: str, size: Size, resized: Size) -> Image.Resampling:

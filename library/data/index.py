@@ -1,10 +1,11 @@
 """What a scan found out about a subset, kept for later runs in memory-mapped columns.
 
 An index is a pair of files in the cache folder, ``index-<where>-<how>-<time>.safetensors`` with the columns and ``.content`` with
-the hashes of the pictures' bytes, which are learnt later than the rest. ``where`` stands for the folder of the pictures and
-``how`` for the settings that decide captions, so two subsets of one folder do not fight for it. The first file is never
-changed: what differs becomes a new pair with a later time, written aside and renamed, and the old one goes when nobody
-has it open (Windows would not let go of a mapped file, and on a network drive its removal would break those who read it).
+the hashes of the files' bytes, which are learnt later than the rest: those of all pictures, then those of all masks if the
+subset has mask files. ``where`` stands for the folder of the pictures and ``how`` for the settings that decide captions, so two
+subsets of one folder do not fight for it. The first file is never changed: what differs becomes a new pair with a later time,
+written aside and renamed, and the old one goes when nobody has it open (Windows would not let go of a mapped file, and on a
+network drive its removal would break those who read it).
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from typing import BinaryIO
 import numpy
 
 from library.atomic import atomic_file, sweep, write_atomic
+from library.data.keys import KEY_BYTES
 from library.data.strings import Strings
 from library.file_lock import try_lock, unlock
 
-VERSION = 1
+VERSION = 2
 STALE_SECONDS = 30 * 24 * 3600  # an index of other settings that nobody opened for so long is removed
 MAPPED_FROM = 4 << 20  # bytes; smaller files are read, since each mapping keeps a file open and processes may have few of those
 _DTYPES = {"I64": "<i8", "U64": "<u8", "I32": "<i4", "F32": "<f4", "I16": "<i2", "U8": "<u1"}
@@ -35,9 +37,9 @@ _TEXTS = ("names", "captions", "masks")
 
 @dataclass(frozen=True)
 class Columns:
-    """All that is known of a subset's N pictures. ``stamps`` and ``caption_stamps`` are (-1, -1) where the file has to be
-    looked at again; ``sources`` are as in ``listing.Found``. ``started`` is when the look began and ``saved`` when all was
-    kept, in ns since 1970."""
+    """All that is known of a subset's N pictures. ``stamps``, ``caption_stamps`` and ``mask_stamps`` are (-1, -1) where the file
+    has to be looked at again; ``sources`` are as in ``listing.Found``. ``started`` is when the look began and ``saved`` when
+    all was kept, in ns since 1970. ``masks`` and the columns about them are None when the subset has no mask files."""
 
     started: int
     names: Strings
@@ -45,18 +47,21 @@ class Columns:
     masks: Strings | None
     stamps: numpy.ndarray  # (N, 2) int64
     caption_stamps: numpy.ndarray  # (N, 2) int64
+    mask_stamps: numpy.ndarray | None  # (N, 2) int64
     name_hash: numpy.ndarray  # (N,) uint64
     sizes: numpy.ndarray  # (N, 2) int32
     weights: numpy.ndarray | None  # (N,) float32
     sources: numpy.ndarray  # (N,) int16
     content: numpy.ndarray  # (N, 16) uint8, zero where unknown
+    mask_content: numpy.ndarray | None  # (N, 16) uint8, zero where unknown
     sound: bool  # nothing was wrong with the folder, the metadata or the masks: what is listed here is all there is to say
     saved: int = 0
 
     def same(self, other: Columns) -> bool:
         """Everything but the time and the hashes of contents agrees."""
         return all(equal(getattr(self, name), getattr(other, name)) for name in (
-            *_TEXTS, "stamps", "caption_stamps", "name_hash", "sizes", "weights", "sources")) and self.sound == other.sound
+            *_TEXTS, "stamps", "caption_stamps", "mask_stamps", "name_hash", "sizes", "weights", "sources")
+                   ) and self.sound == other.sound
 
 
 @dataclass
@@ -68,6 +73,7 @@ class Kept:
     how: str
     _files: list[BinaryIO] = field(default_factory=list)  # whose columns are mapped, with a shared lock on each
     _content: Path | None = None  # of the columns loaded last
+    _count: int = 0  # their rows
 
     @property
     def lock_path(self) -> Path:
@@ -83,8 +89,10 @@ class Kept:
 
     def save(self, columns: Columns) -> Columns:
         """Write a new index and return its columns, mapped. Raises OSError or UserError where it cannot be written."""
+        self.detach()
         path = self.folder / f"index-{self.where}-{self.how}-{time.time_ns():016x}.safetensors"
-        write_atomic(path.with_suffix(".content"), columns.content.tobytes())
+        parts = [columns.content] if columns.mask_content is None else [columns.content, columns.mask_content]
+        write_atomic(path.with_suffix(".content"), b"".join(part.tobytes() for part in parts))
         _write(path, columns)
         for file in self._files:
             with suppress(OSError):
@@ -92,18 +100,21 @@ class Kept:
         self._clear(path)
         return self._open_index(path) or columns
 
-    def remember(self, rows: numpy.ndarray, content: numpy.ndarray) -> None:
-        """Keep the content hashes (n, 16) uint8 of these rows. Each is 16 aligned bytes, so a killed run leaves whole ones, and
-        another run that reads the same index writes the same."""
+    def detach(self) -> None:
+        """Remember nothing from here on: the rows in use are not those of the index that was loaded."""
+        self._content = None
+
+    def remember(self, rows: numpy.ndarray, content: numpy.ndarray, mask_content: numpy.ndarray | None = None) -> None:
+        """Keep the content hashes (n, 16) uint8 of these rows' pictures, and of their masks where the subset has mask files.
+        Each is 16 aligned bytes, so a killed run leaves whole ones, and another run that reads the same index writes the
+        same."""
         if self._content is None or not len(rows):
             return
         order = numpy.argsort(rows, kind="stable")
-        rows, content = rows[order], content[order]
-        starts = numpy.flatnonzero(numpy.diff(rows, prepend=-2) != 1)
         with suppress(OSError), open(self._content, "r+b") as file:  # not kept is not lost: it is only found out again
-            for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
-                file.seek(int(rows[start]) * 16)
-                file.write(content[start:end].tobytes())
+            _write_rows(file, rows[order], content[order])
+            if mask_content is not None:
+                _write_rows(file, rows[order] + self._count, mask_content[order])
 
     def _paths(self, how: str) -> list[Path]:
         paths = self.folder.glob(f"index-{self.where}-{how}-*.safetensors")
@@ -119,7 +130,8 @@ class Kept:
             with ExitStack() as opened:
                 file = opened.enter_context(open(path, "rb"))
                 columns = _read(file)
-                columns = replace(columns, saved=int(path.stem[-16:], 16), content=_read_content(content, len(columns.names)))
+                hashes, mask_hashes = _read_content(content, len(columns.names), columns.masks is not None)
+                columns = replace(columns, saved=int(path.stem[-16:], 16), content=hashes, mask_content=mask_hashes)
                 if os.fstat(file.fileno()).st_size >= MAPPED_FROM:
                     with suppress(OSError):  # folders without locks
                         try_lock(file.fileno(), shared=True)
@@ -127,7 +139,7 @@ class Kept:
                     self._files.append(file)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        self._content = content
+        self._content, self._count = content, len(columns.names)
         with suppress(OSError):
             os.utime(path)
         return columns
@@ -144,7 +156,10 @@ class Kept:
                     unused = try_lock(file.fileno())
                 if unused:
                     path.unlink()
-                    path.with_suffix(".content").unlink()
+        for path in self.folder.glob(f"index-{self.where}-*.content"):
+            with suppress(OSError):
+                if not path.with_suffix(".safetensors").exists() and path.stem < newest.stem:
+                    path.unlink()
 
 
 def equal(one: Strings | numpy.ndarray | None, other: Strings | numpy.ndarray | None) -> bool:
@@ -157,8 +172,8 @@ def equal(one: Strings | numpy.ndarray | None, other: Strings | numpy.ndarray | 
 
 
 def join(parts: Sequence[Strings], part: numpy.ndarray, row: numpy.ndarray) -> Strings:
-    """Texts picked from several columns: the i-th is ``parts[part[i]][row[i]]``. Neighbours that stay neighbours are copied in one
-    piece."""
+    """Texts picked from several columns: the i-th is ``parts[part[i]][row[i]]``. Neighbours that stay neighbours are copied in
+    one piece."""
     offsets = numpy.zeros(len(row) + 1, dtype=numpy.int64)
     for number, texts in enumerate(parts):
         here = part == number
@@ -174,6 +189,14 @@ def join(parts: Sequence[Strings], part: numpy.ndarray, row: numpy.ndarray) -> S
     return Strings(blob, offsets)
 
 
+def _write_rows(file: BinaryIO, rows: numpy.ndarray, hashes: numpy.ndarray) -> None:
+    """Rows (n,) in order, hashes (n, 16); neighbours are written in one piece."""
+    starts = numpy.flatnonzero(numpy.diff(rows, prepend=-2) != 1)
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
+        file.seek(int(rows[start]) * KEY_BYTES)
+        file.write(hashes[start:end].tobytes())
+
+
 def _bytes(values: numpy.ndarray) -> memoryview:
     return memoryview(numpy.ascontiguousarray(values).reshape(-1).view(numpy.uint8))
 
@@ -181,7 +204,8 @@ def _bytes(values: numpy.ndarray) -> memoryview:
 def _write(path: Path, columns: Columns) -> None:
     """A safetensors file; wide columns first, so that each begins at a multiple of its own width."""
     arrays = {name: getattr(columns, name) for name in (
-        "stamps", "caption_stamps", "name_hash", "sizes", "weights", "sources") if getattr(columns, name) is not None}
+        "stamps", "caption_stamps", "mask_stamps", "name_hash", "sizes", "weights", "sources")
+        if getattr(columns, name) is not None}
     for name in _TEXTS:
         texts = getattr(columns, name)
         if texts is not None:
@@ -208,7 +232,7 @@ def _buffer(file: BinaryIO) -> mmap.mmap | bytes:
 
 
 def _read(file: BinaryIO) -> Columns:
-    """The columns of an open index. Raises ValueError, KeyError or TypeError for whatever is not one."""
+    """The columns of an open index, without the hashes. Raises ValueError, KeyError or TypeError for whatever is not one."""
     mapped = _buffer(file)
     file_bytes, length = len(mapped), int.from_bytes(mapped[:8], "little")
     if 8 + length > file_bytes:
@@ -227,7 +251,8 @@ def _read(file: BinaryIO) -> Columns:
         arrays[name] = values.reshape(entry["shape"])
     texts = {name: Strings(arrays.pop(f"{name}.blob"), arrays.pop(f"{name}.offsets"))
              for name in _TEXTS if f"{name}.blob" in arrays}
-    columns = Columns(started=int(facts["started"]), sound=facts["sound"] == "True", content=numpy.empty(0), **{"masks": None, "weights": None} | texts | arrays)
+    columns = Columns(started=int(facts["started"]), sound=facts["sound"] == "True", content=numpy.empty(0), mask_content=None,
+                      **{"masks": None, "mask_stamps": None, "weights": None} | texts | arrays)
     _check(columns)
     return columns
 
@@ -235,7 +260,9 @@ def _read(file: BinaryIO) -> Columns:
 def _check(columns: Columns) -> None:
     """That rows agree, and that no text reaches beyond its column."""
     count = len(columns.names)
-    for name in ("stamps", "caption_stamps", "name_hash", "sizes", "sources", "captions", "masks", "weights"):
+    if (columns.masks is None) != (columns.mask_stamps is None):
+        raise ValueError("half of the masks")
+    for name in ("stamps", "caption_stamps", "mask_stamps", "name_hash", "sizes", "sources", "captions", "masks", "weights"):
         values = getattr(columns, name)
         if values is not None and len(values) != count:
             raise ValueError("rows do not agree")
@@ -245,11 +272,12 @@ def _check(columns: Columns) -> None:
             raise ValueError("texts do not fit")
 
 
-def _read_content(path: Path, count: int) -> numpy.ndarray:
-    """The content hashes (count, 16); zeros without a file that fits. Mapped ones cannot be written to, but show what is
-    written to the file."""
+def _read_content(path: Path, count: int, masks: bool) -> tuple[numpy.ndarray, numpy.ndarray | None]:
+    """The content hashes (count, 16) of the pictures and, with ``masks``, of the masks; zeros without a file that fits. Mapped
+    ones cannot be written to, but show what is written to the file."""
+    hashes = numpy.zeros((count * (2 if masks else 1), KEY_BYTES), dtype=numpy.uint8)
     with suppress(OSError), open(path, "rb") as file:
         values = numpy.frombuffer(_buffer(file), numpy.uint8)
-        if len(values) == count * 16:
-            return values.reshape(count, 16) if values.nbytes >= MAPPED_FROM else values.reshape(count, 16).copy()
-    return numpy.zeros((count, 16), dtype=numpy.uint8)
+        if len(values) == hashes.nbytes:
+            hashes = values.reshape(hashes.shape) if values.nbytes >= MAPPED_FROM else values.reshape(hashes.shape).copy()
+    return hashes[:count], hashes[count:] if masks else None

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy
 import xxhash
 
-from library.data.bucket import Placement, Size
+from library.data.bucket import Placement, Size, resized
 from library.data.spec import DatasetSpec, SubsetSpec
 from library.data.strings import Strings
 
@@ -22,7 +22,7 @@ class Listing:
 
     ``names`` are relative to ``root``, with ``/`` between folders. ``captions`` are the words as they stand in the caption
     source (all lines). ``masks`` are absolute paths of mask pictures, or empty texts; None when the subset has no mask files.
-    ``content`` holds 16-byte hashes of the files' bytes, all zero where not yet known.
+    ``content`` and ``mask_content`` hold 16-byte hashes of the files' bytes, all zero where not yet known (or no mask).
     """
 
     root: Path
@@ -34,6 +34,7 @@ class Listing:
     content: numpy.ndarray  # (N, 16) uint8
     weights: numpy.ndarray | None = None  # (N,) float32: a record's own loss weight; None: all 1
     masks: Strings | None = None
+    mask_content: numpy.ndarray | None = None  # (N, 16) uint8; None exactly when ``masks`` is
 
     def __len__(self) -> int:
         return len(self.names)
@@ -41,7 +42,8 @@ class Listing:
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of one subset. ``sample_id`` (``<dataset>.<subset>/<name>``) does not depend on where the folder lies."""
+    """One picture of one subset. ``sample_id`` (``<dataset>.<subset>/<name>``) does not depend on where the folder
+    lies, save for a listed file outside of it."""
 
     sample_id: str
     path: Path
@@ -52,14 +54,6 @@ class Item:
     subset: SubsetSpec
     mask: Literal["alpha"] | Path | None  # where the loss mask comes from
     weight: float  # of the loss: the subset's times the record's own; prior_loss_weight is not in it
-
-    @property
-    def dataset(self) -> int:
-        return self.subset.dataset
-
-    @property
-    def place(self) -> str:
-        return self.subset.place
 
 
 @dataclass(frozen=True)
@@ -115,6 +109,31 @@ class Items(Sequence[Item]):
     def sizes(self) -> numpy.ndarray:
         """(N, 2) int32."""
         return self.column("sizes")
+
+    @property
+    def dataset(self) -> numpy.ndarray:
+        """(N,) int32: index into ``specs``."""
+        return numpy.array([number for number, _ in self.groups], dtype=numpy.int32)[self.group]
+
+    @property
+    def buckets(self) -> numpy.ndarray:
+        """(N, 2) int32."""
+        return numpy.array([bucket for _, bucket in self.groups], dtype=numpy.int32).reshape(-1, 2)[self.group]
+
+    @property
+    def resized(self) -> numpy.ndarray:
+        """(N, 2) int32: what pictures are scaled to before they are cut to their buckets."""
+        dataset, sizes, buckets = self.dataset, self.sizes, self.buckets
+        result = numpy.empty((len(self), 2), dtype=numpy.int32)
+        for number, spec in enumerate(self.specs):
+            here = dataset == number
+            result[here] = resized(sizes[here], buckets[here], spec.rule)
+        return result
+
+    @property
+    def kept_shares(self) -> numpy.ndarray:
+        """(N,) float64: how much of the scaled picture's area lies inside its bucket."""
+        return self.buckets.prod(axis=1, dtype=numpy.int64) / self.resized.prod(axis=1, dtype=numpy.int64)
 
     def column(self, name: str) -> numpy.ndarray:
         """A column of the listings, for the rows of this selection. A copy."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 
 _MASK = (1 << 64) - 1
-_GAMMA = 0x9E3779B97F4A7C15
+GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's step from one draw to the next
 
 
 def hash64(*parts: str | int) -> int:
@@ -47,7 +47,7 @@ class Keyed:
 
     def bits(self) -> int:
         """64 random bits."""
-        self._state = self._state + _GAMMA & _MASK
+        self._state = self._state + GAMMA & _MASK
         return mix(self._state)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:

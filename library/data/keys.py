@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy
 
-from library.data.bucket import resized
 from library.data.items import Items
 
 VERSION = 2  # raise it when the way pictures are decoded, scaled or stored changes
 FOLDER = ".kiln_cache"
-SIZE = 16  # bytes of a hash and of a key
-UNKNOWN = bytes(SIZE)  # the content hash of a file that nobody has read yet
+KEY_BYTES = 16  # of a content hash and of a key
+UNKNOWN = bytes(KEY_BYTES)  # the content hash of a file that nobody has read yet
 
 
 def folder_of(root: Path, cache_dir: Path | None) -> Path:
@@ -36,7 +35,7 @@ def cache_folders(items: Items, cache_dir: Path | None) -> tuple[tuple[Path, ...
 
 def content_hash(data: bytes) -> bytes:
     """16 bytes that stand for a file's content."""
-    return blake2b(data, digest_size=SIZE).digest()
+    return blake2b(data, digest_size=KEY_BYTES).digest()
 
 
 class LatentKeys:
@@ -64,13 +63,6 @@ class LatentKeys:
         return as_keys(keys)
 
 
-def latent_keys(items: Items, content: numpy.ndarray, mask_content: numpy.ndarray | None, identity: str,
-                flip: bool) -> numpy.ndarray:
-    """(N, 16) uint8 for all rows of ``items``; see ``LatentKeys``. ``mask_content`` None: there are no mask files."""
-    masks = numpy.zeros_like(content) if mask_content is None else mask_content
-    return LatentKeys(items, identity).of_many(numpy.arange(len(items)), flip, content, masks)
-
-
 def text_keys(texts: Iterable[str], identity: str, trim: Mapping[str, str]) -> numpy.ndarray:
     """(M, 16) uint8. ``identity`` names the encoders' weights, tokenizers and settings; ``trim``: see ``fill_text``."""
     prefix, keys = _hasher("text", identity, sorted(trim.items())), bytearray()
@@ -83,27 +75,22 @@ def text_keys(texts: Iterable[str], identity: str, trim: Mapping[str, str]) -> n
 
 def as_keys(data: bytes | bytearray) -> numpy.ndarray:
     """Hashes end to end -> (N, 16) uint8."""
-    return numpy.frombuffer(bytes(data), dtype=numpy.uint8).reshape(-1, SIZE)
+    return numpy.frombuffer(bytes(data), dtype=numpy.uint8).reshape(-1, KEY_BYTES)
 
 
 def _split(hashes: numpy.ndarray) -> list[bytes]:
     data = numpy.ascontiguousarray(hashes).tobytes()
-    return [data[start:start + SIZE] for start in range(0, len(data), SIZE)]
+    return [data[start:start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
 
 
 def _hasher(*parts: object):
-    return blake2b(json.dumps([VERSION, *parts]).encode() + b"\0", digest_size=SIZE)
+    return blake2b(json.dumps([VERSION, *parts]).encode() + b"\0", digest_size=KEY_BYTES)
 
 
 def _kinds_of_crop(items: Items) -> tuple[numpy.ndarray, list[tuple]]:
     """Which of few kinds each item is, and each kind's (listing, bucket, resized, crop). A set of a million pictures has some
     thousand kinds, so that only a hash of the content is left to do for each picture."""
-    buckets = numpy.array([size for _, size in items.groups], dtype=numpy.int32).reshape(-1, 2)[items.group]
-    dataset = numpy.array([subset.dataset for subset in items.subsets])[items.listing]
-    sizes, scaled = items.sizes, numpy.zeros((len(items), 2), dtype=numpy.int32)
-    for number, spec in enumerate(items.specs):
-        here = dataset == number
-        scaled[here] = resized(sizes[here], buckets[here], spec.rule)
+    buckets, scaled = items.buckets, items.resized
     where = _pair(items.listing, items.group)
     code = _pair(_numbered(where), _numbered(_pair(scaled[:, 0], scaled[:, 1])))
     _, first, kinds = numpy.unique(code, return_index=True, return_inverse=True)

@@ -105,7 +105,7 @@ def _walk(root: Path, recursive: bool, without: Path | None, place: str, tally: 
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         folders.append(entry.name)
                         if recursive:
                             (links if entry.is_symlink() else waiting).append(f"{prefix}{entry.name}/")
@@ -117,6 +117,14 @@ def _walk(root: Path, recursive: bool, without: Path | None, place: str, tally: 
         waiting.sort(reverse=True)
         links.sort(reverse=True)
         yield prefix, names, folders
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """A link that leads nowhere or to itself is a file, of which the look at it says what is wrong."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _identity(folder: str | Path) -> tuple[int, int] | str:

@@ -1,5 +1,5 @@
 """Looks at the files of a subset, in this process or in several: the state and size of each picture, the words of each
-caption."""
+caption, the state of each mask."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy
 
 from library.data import problems
 from library.data.caption_files import EmptyCaption, read_caption
+from library.data.cores import own_cores
 from library.data.header import picture_size
 from library.data.keyed import hash64
 from library.data.listing import NO_FILE, caption_name
@@ -49,7 +50,8 @@ class Rules:
 @dataclass(frozen=True)
 class Chunk:
     """Rows ``rows`` (n,) of a subset. Stamps (n, 2) int64, bytes and mtime in ns, are those of the last look or ``UNKNOWN``.
-    ``sources`` (n,) as in ``listing.Found``, None where captions are not read from files. ``hashed``: name hashes are known."""
+    ``sources`` (n,) as in ``listing.Found``, None where captions are not read from files. ``hashed``: name hashes are known.
+    ``masks`` (n) and their stamps as in ``index.Columns``."""
 
     rules: Rules
     rows: numpy.ndarray
@@ -58,12 +60,15 @@ class Chunk:
     sources: numpy.ndarray | None
     caption_stamps: numpy.ndarray
     hashed: numpy.ndarray
+    masks: Strings | None = None
+    mask_stamps: numpy.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Looked:
     """What was new: ``rows`` with the stamps and sizes of their pictures ((0, 0) for one that cannot be read, whose stamp stays
-    unknown), ``caption_rows`` with their captions, ``name_rows`` with their hashes."""
+    unknown), ``caption_rows`` with their captions, ``name_rows`` with their hashes, ``mask_rows`` with the stamps of their
+    masks (unknown for one that is not there)."""
 
     rows: numpy.ndarray
     stamps: numpy.ndarray
@@ -73,6 +78,8 @@ class Looked:
     captions: Strings
     name_rows: numpy.ndarray
     name_hash: numpy.ndarray
+    mask_rows: numpy.ndarray
+    mask_stamps: numpy.ndarray
     problems: tuple[Problem, ...]
 
 
@@ -104,10 +111,10 @@ def look(chunk: Chunk) -> Looked:
             text, stamp = _caption(caption, path, rules, tally)
             captions.append((row, *stamp))
             texts.append(text)
-    seen, worded = _table(pictures, 5), _table(captions, 3)
+    seen, worded, masked = _table(pictures, 5), _table(captions, 3), _table(_masks(chunk, tally), 3)
     named = numpy.array(hashes, dtype=numpy.uint64).reshape(-1, 2)
     return Looked(seen[:, 0], seen[:, 1:3], seen[:, 3:].astype(numpy.int32), worded[:, 0], worded[:, 1:], Strings.of(texts),
-                  named[:, 0].astype(numpy.int64), named[:, 1], tuple(tally.problems))
+                  named[:, 0].astype(numpy.int64), named[:, 1], masked[:, 0], masked[:, 1:], tuple(tally.problems))
 
 
 def _table(rows: list, columns: int) -> numpy.ndarray:
@@ -115,7 +122,7 @@ def _table(rows: list, columns: int) -> numpy.ndarray:
 
 
 def _unchanged(path: str | None, stamp: Sequence[int]) -> bool:
-    """``path`` None is a caption file that is not there; its stamp is 0, 0."""
+    """``path`` None is a caption or mask file that is not there; its stamp is 0, 0."""
     if stamp[0] == UNKNOWN:
         return False
     if path is None:
@@ -134,6 +141,26 @@ def _picture(path: str, tally: Tally) -> tuple[int, int, int, int]:
         tally.add(problems.UNREADABLE, path, error)
         return UNKNOWN, UNKNOWN, 0, 0
     return state.st_size, state.st_mtime_ns, width, height
+
+
+def _masks(chunk: Chunk, tally: Tally) -> list[tuple[int, int, int]]:
+    """(row, bytes, mtime) of the mask files that are not as they were. They are not opened; a picture without a mask has the
+    stamp 0, 0."""
+    if chunk.masks is None or chunk.mask_stamps is None:
+        return []
+    changed = []
+    for row, mask, stamp in zip(chunk.rows.tolist(), chunk.masks, chunk.mask_stamps.tolist(), strict=True):
+        if _unchanged(mask or None, stamp):
+            continue
+        try:
+            state = os.stat(mask) if mask else None
+        except OSError as error:
+            tally.add(problems.NO_MASK, mask, UserError(f"the mask cannot be read: {error.strerror or error}", place=mask,
+                                                        remedy="put it back, or remove its picture from the dataset"))
+            changed.append((row, UNKNOWN, UNKNOWN))
+            continue
+        changed.append((row, 0, 0) if state is None else (row, state.st_size, state.st_mtime_ns))
+    return changed
 
 
 def _caption(caption: str | None, picture: str, rules: Rules, tally: Tally) -> tuple[str, tuple[int, int]]:
@@ -157,7 +184,7 @@ def _caption(caption: str | None, picture: str, rules: Rules, tally: Tally) -> t
 def look_at(chunks: Sequence[Chunk]) -> Iterator[Looked]:
     """The chunks' results in order; in several processes where that is worth starting them."""
     chunks = [chunk for chunk in chunks if len(chunk.rows)]
-    processes = min(_processors(), len(chunks), MOST_PROCESSES)
+    processes = min(own_cores(), len(chunks), MOST_PROCESSES)
     done = 0
     if processes > 1 and sum(map(_cost, chunks)) > WORTH_PROCESSES and not multiprocessing.current_process().daemon:
         # Spawned, as on every system: a fork would copy the locks of threads that are not there.
@@ -176,11 +203,8 @@ def look_at(chunks: Sequence[Chunk]) -> Iterator[Looked]:
 
 def _cost(chunk: Chunk) -> int:
     unknown = int((chunk.stamps[:, 0] == UNKNOWN).sum() + (chunk.caption_stamps[:, 0] == UNKNOWN).sum())
-    return unknown * READ_COST + (2 * len(chunk.rows) - unknown) * STAT_COST
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    looks = (2 if chunk.masks is None else 3) * len(chunk.rows)
+    return unknown * READ_COST + (looks - unknown) * STAT_COST
 
 
 def _ignore_interrupts() -> None:

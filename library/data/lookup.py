@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy
 
+from library.data.keys import KEY_BYTES
+
 MISSING = -1
 
 
@@ -59,6 +61,6 @@ def _made(high: numpy.ndarray, low: numpy.ndarray, rows: numpy.ndarray) -> Looku
 
 def _halves(keys: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
     keys = numpy.ascontiguousarray(keys, dtype=numpy.uint8)
-    assert keys.ndim == 2 and keys.shape[1] == 16, keys.shape
+    assert keys.ndim == 2 and keys.shape[1] == KEY_BYTES, keys.shape
     halves = keys.view("<u8")
     return halves[:, 0].astype(numpy.uint64), halves[:, 1].astype(numpy.uint64)

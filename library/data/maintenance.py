@@ -13,6 +13,7 @@ import xxhash
 
 from library.atomic import atomic_file, sweep
 from library.data import store_writer
+from library.data.keys import KEY_BYTES
 from library.data.open_files import OpenFiles
 from library.data.shards import (BAD_SUFFIX, DAMAGED_SUFFIX, NAME, SUFFIX, Damaged, Field, Foreign, Layout, Shard, ShardBuilder,
                                  layout_bytes, mark_bad, open_shard, set_aside, shard_files, shard_name)
@@ -46,7 +47,7 @@ def overview(folder: Path, told: Told) -> list[Overview]:
     for kind in sorted({shard.kind for shard in shards}):
         mine = [shard for shard in shards if shard.kind == kind]
         keys = numpy.concatenate([shard.keys for shard in mine])
-        distinct = len(numpy.unique(keys.view("V16")))
+        distinct = len(numpy.unique(keys.view(f"V{KEY_BYTES}")))
         counts: dict[Layout, int] = {}
         for shard in mine:
             for layout, count in zip(shard.layouts, numpy.bincount(shard.layout, minlength=len(shard.layouts)), strict=True):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 
 from library.data import problems
-from library.data.caption_files import joined
+from library.data.caption_files import is_text, joined
 from library.data.header import SUFFIXES
 from library.data.listing import Found, all_files, pair_masks, pictures_among
 from library.data.problems import Tally
@@ -91,6 +91,8 @@ class _Lookup:
     def name(self, record: Record) -> str:
         """Relative to the root, with ``/`` between folders; absolute for a file that lies elsewhere."""
         written = Path(record.image).as_posix()
+        if "\\" in written and not (self.root / written).exists():  # written on Windows
+            written = written.replace("\\", "/").removeprefix("./")
         if Path(written).is_absolute():
             written = os.path.normpath(written).replace(os.sep, "/")
             written = written.removeprefix(self.absolute)
@@ -134,7 +136,7 @@ def _record(values: Any, place: str, separator: str) -> Record:
     if not isinstance(values, dict):
         raise UserError(f"not an object: {str(values)[:40]}", place=place, remedy=remedy)
     image = next((values[key] for key in IMAGE_KEYS if key in values), None)
-    if not isinstance(image, (str, os.PathLike)) or not str(image):
+    if not isinstance(image, (str, os.PathLike)) or not str(image) or not is_text(os.fspath(image)):
         raise UserError("the record names no picture", place=place, remedy='add "image_path": "file"')
     try:
         caption = joined(values.get("caption"), values.get("tags"), separator)
@@ -143,7 +145,10 @@ def _record(values: Any, place: str, separator: str) -> Record:
     weight = values.get("loss_weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
         raise UserError(f"{image}: loss_weight is {str(weight)[:40]}", place=place, remedy="use a number of at least 0")
-    return Record(os.fspath(image), caption, float(weight), place, os.fspath(values.get("mask") or ""))
+    mask = values.get("mask") or ""
+    if not isinstance(mask, (str, os.PathLike)) or not is_text(os.fspath(mask)):
+        raise UserError(f"{image}: its mask is not a path: {str(mask)[:40]!r}", place=place, remedy="give the path of a picture")
+    return Record(os.fspath(image), caption, float(weight), place, os.fspath(mask))
 
 
 def _of_file(path: Path, tally: Tally) -> Iterator[tuple[str, Any]]:
@@ -157,24 +162,32 @@ def _of_file(path: Path, tally: Tally) -> Iterator[tuple[str, Any]]:
                         place = f"{path}:{number}"
                         try:
                             yield place, json.loads(line)
-                        except ValueError as error:
+                        except (ValueError, RecursionError) as error:
                             tally.add(problems.BAD_METADATA, path, UserError(f"not JSON: {error}", place=place, remedy=remedy))
             return
         with open(path, encoding="utf-8-sig") as file:
-            values = json.load(file)
+            pairs = json.load(file, object_pairs_hook=_Pairs)
     except OSError as error:
         tally.add(problems.BAD_METADATA, path, UserError(f"cannot be read: {error.strerror or error}", place=str(path),
                                                          remedy="change its permissions"))
         return
-    except ValueError as error:  # JSON and UTF-8 alike
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 alike
         tally.add(problems.BAD_METADATA, path, UserError(f"not JSON: {error}", place=str(path), remedy=remedy))
         return
-    if not isinstance(values, dict):
+    if not isinstance(pairs, _Pairs):
         tally.add(problems.BAD_METADATA, path, UserError("not an object of pictures", place=str(path),
                                                          remedy='write {"picture": {"caption": "..."}, ...}, or use .jsonl'))
         return
-    for image, record in values.items():
-        yield str(path), {**record, "image_path": image} if isinstance(record, dict) else record
+    for image, record in pairs:
+        yield str(path), {**_plain(record), "image_path": image} if isinstance(record, _Pairs) else _plain(record)
+
+
+class _Pairs(tuple):
+    """A JSON object as it is written. A dict would keep the last of two records of one picture and say nothing."""
+
+
+def _plain(value: Any) -> Any:
+    return {name: _plain(inner) for name, inner in value} if isinstance(value, _Pairs) else value
 
 
 def _of_sequence(source: str, place: str, tally: Tally) -> Iterator[tuple[str, Any]]:

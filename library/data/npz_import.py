@@ -24,6 +24,7 @@ from PIL import Image
 
 from library.data.augment import plain_view
 from library.data.filling import mask_to_bytes
+from library.data.header import orientation
 from library.data.image import load_view, mask_to_cells
 from library.data.items import Item, Items
 from library.data.keys import UNKNOWN, LatentKeys, as_keys, content_hash
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from library.data.store import Store
 
 THREADS, AHEAD = 4, 64
-_ORIENTATION = 0x0112  # EXIF
 
 
 class NpzFacts(Protocol):
@@ -172,7 +172,7 @@ class _Reader:
             if not self.ignore_dates and path.stat().st_mtime_ns < item.path.stat().st_mtime_ns:
                 raise Unfit("it is older than its picture (--ignore_dates imports it all the same)")
             with Image.open(io.BytesIO(data)) as picture:
-                if picture.getexif().get(_ORIENTATION, 1) != 1:
+                if orientation(picture) != 1:
                     raise Unfit("its picture is turned by EXIF data, which the other trainer does not look at")
             width, height = item.placement.bucket
             cells = (self.channels, height // self.factor, width // self.factor)

@@ -9,11 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
-
 from library.atomic import atomic_file
 from library.data import findings
-from library.data.caption import variants
 from library.data.findings import Finding
 from library.data.items import Items
 from library.data.page_html import Facts, render
@@ -22,7 +19,7 @@ from library.data.plan import StepPlan
 from library.data.scan import Scan
 from library.data.select import Selection, select
 from library.data.showing import Course
-from library.data.tokens import TokenCount, TokenMeter
+from library.data.tokens import Counted, TokenMeter, count_longest
 from library.errors import UserError
 
 HASH_BYTES = 2**34  # of pictures that may be copies of each other, read to make sure
@@ -59,7 +56,7 @@ def write(path: Path, scan: Scan, run: Run, open_meter: Callable[[], TokenMeter]
     course = Course(run.seed, total, run.variants, items.specs[0].prior_loss_weight)
 
     meter, no_counts = _open(open_meter)
-    counted = _count(items, run.seed, meter)
+    counted = Counted() if meter is None else count_longest(items, run.seed, meter, COUNTED)
     cards, broken = make_cards(items, course, steps, meter, pictures)
     looked_at = dict.fromkeys(items.path(row) for row in spread(items, DECODED))
     broken = list({error.place: error for error in [*broken, *damaged(looked_at)]}.values())
@@ -70,7 +67,7 @@ def write(path: Path, scan: Scan, run: Run, open_meter: Callable[[], TokenMeter]
             findings.Example(f"{error.place}: {error.message}") for error in broken[:findings.EXAMPLES]), broken[0].remedy))
     found = findings.worst_first(found)
     thumbnails = {path: thumbnail(path) for path in dict.fromkeys(each.path for one in found for each in one.examples) if path}
-    page = render(Facts(items, selection, plan, total, found, cards, thumbnails, no_counts, len(counted), run.variants))
+    page = render(Facts(items, selection, plan, total, found, cards, thumbnails, no_counts, len(counted.samples), run.variants))
     with atomic_file(path) as file:
         file.write(page.encode("utf-8", "replace"))  # file names may hold bytes that are no text
     return found
@@ -90,19 +87,3 @@ def _open(open_meter: Callable[[], TokenMeter]) -> tuple[TokenMeter | None, str]
         return open_meter(), ""
     except UserError as error:
         return None, str(error)
-
-
-def _count(items: Items, seed: int, meter: TokenMeter | None) -> list[tuple[str, list[TokenCount]]]:
-    """(sample id, counts) of the captions with the most bytes: the ones that do not fit are among them."""
-    if meter is None or not len(items):
-        return []
-    lengths = numpy.empty(len(items), dtype=numpy.int64)
-    for index, listing in enumerate(items.listings):
-        here = items.listing == index
-        lengths[here] = numpy.diff(listing.captions.offsets)[items.row[here]]
-    rows = numpy.argsort(-lengths, kind="stable")[:COUNTED].tolist()
-    firsts: dict[str, str] = {}  # text -> the first sample that has it
-    for row in rows:
-        name = items.sample_id(row)
-        firsts.setdefault(variants(items.caption(row), items.subset(row).captions, seed, name, 1)[0], name)
-    return list(zip(firsts.values(), meter(list(firsts)), strict=True))

@@ -78,7 +78,8 @@ def _caption(shot: Shot) -> str:
 def _tokens(counts: Sequence[TokenCount]) -> str:
     if not counts:
         return ""
-    words = [f'<span{_OVER if count.tokens > count.limit else ""}>{escape(count.encoder)} {count.tokens} of {count.limit}</span>' for count in counts]
+    words = [f'<span{_OVER if count.tokens > count.limit else ""}>{escape(count.encoder)} {count.tokens} of {count.limit}</span>'
+             for count in counts]
     return f'<div class="small soft">{" · ".join(words)} tokens</div>'
 
 

@@ -23,8 +23,8 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 @dataclass(frozen=True)
 class Facts:
-    """What is on the page. ``items`` are trained on, or all there are when ``selection`` and ``plan`` are None because nothing can
-    be. ``thumbnails``: data URLs; ``no_counts``: why tokens were not counted, else ""; ``counted`` captions were."""
+    """What is on the page. ``items`` are trained on, or all there are when ``selection`` and ``plan`` are None because nothing
+    can be. ``thumbnails``: data URLs; ``no_counts``: why tokens were not counted, else ""; ``counted`` captions were."""
 
     items: Items
     selection: Selection | None

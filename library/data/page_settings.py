@@ -65,7 +65,8 @@ def _mask(subset: SubsetSpec) -> str:
 
 
 def _values(spec: DatasetSpec) -> str:
-    lines = [f"{field.name} = {_word(getattr(spec, field.name))}" for field in fields(spec) if field.name not in ("subsets", "place")]
+    lines = [f"{field.name} = {_word(getattr(spec, field.name))}" for field in fields(spec)
+             if field.name not in ("subsets", "place")]
     for subset in spec.subsets:
         lines += ["", subset.place]
         for field in fields(subset):

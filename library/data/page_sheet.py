@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from library.data.augment import View
-from library.data.header import open_picture
+from library.data.decode import decoded, upright
 from library.data.image import load_view
 from library.data.items import Item, Items
 from library.data.keyed import hash64, mix_array
@@ -92,27 +92,20 @@ def damaged(paths: Iterable[Path]) -> list[UserError]:
     """One error for each file whose pixels cannot be decoded; headers alone do not show that a download broke off."""
     def look(path: Path) -> UserError | None:
         try:
-            with open_picture(path, str(path)) as picture:
-                picture.draft("RGB", (WHOLE, WHOLE))  # quick where the format has reduced sizes
-                picture.load()
+            with decoded(path, str(path), (WHOLE, WHOLE)):
+                return None
         except UserError as error:
             return error
-        except Exception as error:  # each decoder has its own ways to fail
-            return UserError(f"the picture is damaged and cannot be decoded ({error or type(error).__name__})", place=str(path),
-                             remedy="replace or remove the file")
-        return None
     with ThreadPoolExecutor(THREADS) as pool:
         return [error for error in pool.map(look, paths) if error is not None]
 
 
 def thumbnail(path: Path, longest: int = WHOLE) -> str:
     """A data URL of the whole upright picture, "" when it cannot be read."""
-    with suppress(Exception):  # Pillow raises anything for damaged files; what is wrong with them stands among the findings
-        with Image.open(path) as picture:
-            picture.draft("RGB", (longest, longest))
-            upright = ImageOps.exif_transpose(picture).convert("RGBA")
-        upright.thumbnail((longest, longest))
-        return _data_url(Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB"))
+    with suppress(UserError), decoded(path, str(path), (longest, longest)) as picture:  # what is wrong stands among the findings
+        small = picture.on("white").copy()
+        small.thumbnail((longest, longest))
+        return _data_url(upright(small, picture.turn))
     return ""
 
 

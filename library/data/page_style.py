@@ -23,8 +23,8 @@ p { margin: 4px 0; max-width: 75ch; } .soft { color: var(--soft); } .small { fon
 .pictures { display: flex; flex-wrap: wrap; gap: 10px; } .pictures li { width: 150px; font-size: 12px; color: var(--soft); }
 .pictures img { display: block; max-width: 100%; max-height: 96px; border-radius: 4px; margin-bottom: 3px; }
 .words li { font-size: 13px; color: var(--soft); padding: 1px 0; }
-.bucket { display: grid; grid-template-columns: 30px 88px minmax(60px, 1fr) minmax(110px, 350px); gap: 1px 8px; align-items: center;
-  font-size: 13px; font-variant-numeric: tabular-nums; margin: 2px 0; }
+.bucket { display: grid; grid-template-columns: 30px 88px minmax(60px, 1fr) minmax(110px, 350px); gap: 1px 8px;
+  align-items: center; font-size: 13px; font-variant-numeric: tabular-nums; margin: 2px 0; }
 .bucket svg { display: block; } .bucket .shape { width: 28px; height: 22px; } .bucket .bar { width: 100%; height: 14px; }
 .shape rect { fill: none; stroke: var(--soft); stroke-width: 1.5; } .bar rect { fill: var(--bar); }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 12px; align-items: start; }

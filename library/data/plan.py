@@ -23,12 +23,11 @@ from functools import lru_cache
 
 import numpy
 
-from library.data.bucket import Size, resized
+from library.data.bucket import Size
 from library.data.items import Items
-from library.data.keyed import hash64, mix_array
+from library.data.keyed import GAMMA, hash64, mix_array
 
 REPORTED = 40  # buckets named in the log
-GAMMA = 0x9E3779B97F4A7C15  # of SplitMix64: showings of one picture follow each other in its stream
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,6 @@ class StepPlan:
         # A bound cache: the two latest epochs are enough for a loader that runs ahead over the seam.
         self._epoch = lru_cache(maxsize=2)(self._lay_out)
 
-    def epoch_of(self, step: int) -> int:
-        return step // self.steps_per_epoch
-
     def step(self, index: int) -> StepBatches:
         epoch, position = divmod(index, self.steps_per_epoch)
         plan = self._epoch(epoch)
@@ -137,6 +133,7 @@ class StepPlan:
         keys ^= salts[items.listing]
         if self._first is not None:
             keys, group = numpy.repeat(keys, items.repeats), numpy.repeat(group, items.repeats)
+            # Showings of one picture follow each other in its stream of draws.
             keys += _within(items.repeats, numpy.uint64) * numpy.uint64(GAMMA)
         keys = mix_array(keys)
         if len(items.groups) <= 1 << 16:
@@ -259,7 +256,7 @@ def group_facts(items: Items, batch_sizes: Sequence[int]) -> tuple[GroupFacts, .
     """The groups that have pictures, by dataset and bucket."""
     groups = _Groups.of(items, batch_sizes, 1)
     pictures = numpy.bincount(items.group, minlength=len(items.groups))
-    kept = numpy.bincount(items.group, weights=_kept(items), minlength=len(items.groups))
+    kept = numpy.bincount(items.group, weights=items.kept_shares, minlength=len(items.groups))
     facts = [GroupFacts(dataset, bucket, int(pictures[index]), int(groups.showings[index]), int(groups.batches[index]),
                         int(groups.batch_size[index]), float(kept[index] / pictures[index]))
              for index, (dataset, bucket) in enumerate(items.groups) if pictures[index]]
@@ -278,15 +275,3 @@ def report(items: Items) -> list[str]:
         rest = sum(each.pictures for each in facts) - sum(each.pictures for each in named)
         lines.append(f"{len(facts) - len(named)} more buckets with {rest} pictures together")
     return lines
-
-
-def _kept(items: Items) -> numpy.ndarray:
-    """(N,) float64: bucket area / area of the scaled picture."""
-    sizes, buckets = items.sizes, numpy.array([bucket for _, bucket in items.groups], dtype=numpy.int64)
-    dataset = numpy.array([number for number, _ in items.groups])[items.group]
-    kept = numpy.empty(len(items))
-    for number, spec in enumerate(items.specs):
-        here = dataset == number
-        bucket = buckets[items.group[here]]
-        kept[here] = bucket.prod(axis=1) / resized(sizes[here], bucket, spec.rule).astype(numpy.int64).prod(axis=1)
-    return kept

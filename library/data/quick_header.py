@@ -22,7 +22,7 @@ LONGEST_PART = 1 << 20  # of a header; longer ones are left to Pillow
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # JPEG: baseline, extended, progressive
 _SEGMENT, _FRAME = struct.Struct(">BBH"), struct.Struct(">BHHB")
 _WITHOUT_INTEREST = frozenset({0xC4, 0xDD, 0xE0, *range(0xE3, 0xF0), 0xFE})  # codes, restarts, what programs add, comments
-_ORIENTATION = 0x0112
+ORIENTATION_TAG = 0x0112  # EXIF
 _TIFF_WIDTHS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # bytes of a value by its type
 # Bit depths that each colour type of PNG allows
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
@@ -137,7 +137,7 @@ def _exif_orientation(data: bytes) -> int:
         total += width
         if not width or total > len(data) or (width > 4 and where + width > len(data)):
             raise _Odd
-        if tag == _ORIENTATION:
+        if tag == ORIENTATION_TAG:
             value, = struct.unpack_from(order + "H", data, place + 8)
             if turn or kind != 3 or values != 1 or not 1 <= value <= 8:
                 raise _Odd

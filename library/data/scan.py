@@ -1,16 +1,19 @@
 """Settings -> items: finds the pictures of all subsets, their sizes and captions, and gives each its bucket.
 
 What was found out is kept where ``index_dir`` says, and a later start reads only what changed: a file counts as unchanged while
-its size and time do. A file written within two seconds of a look is read again by the next one.
+its size and time do. A file written within two seconds of a look is read again by the next one. That goes for pictures, captions
+and mask files alike; the hashes of the bytes of pictures and masks are remembered as long as the file is unchanged.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -30,7 +33,7 @@ from library.errors import UserError
 from library.file_lock import FileLock
 from library.log import log
 
-LOCK_SECONDS = 900.0  # to wait for another run that looks at the same folder; then this one looks for itself
+LARGE = 50_000  # pictures
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,16 @@ class Scan:
         """Raise UserErrors with the first five errors of each kind and the number of the others."""
         problems.raise_errors(self.problems)
 
-    def warnings(self) -> list[str]:
-        """What does not keep a run from starting, in a line each."""
-        return [str(problem.error) for problem in self.problems if problem.severity == "warning"]
-
-    def remember(self, listing: int, rows: numpy.ndarray, content: numpy.ndarray) -> None:
-        """Keep the content hashes (n, 16) uint8 of rows (n,) of ``items.listings[listing]`` for later runs."""
-        values = self.items.listings[listing].content
-        if values.flags.writeable:
-            values[rows] = content
-        kept = self.kept[listing]
+    def remember(self, listing: int, rows: numpy.ndarray, content: numpy.ndarray,
+                 mask_content: numpy.ndarray | None = None) -> None:
+        """Keep the content hashes (n, 16) uint8 of rows (n,) of ``items.listings[listing]`` for later runs. ``mask_content``:
+        those of their masks, given where the listing has ``masks``."""
+        here, kept = self.items.listings[listing], self.kept[listing]
+        for values, hashes in ((here.content, content), (here.mask_content, mask_content)):
+            if values is not None and hashes is not None and values.flags.writeable:
+                values[rows] = hashes
         if kept is not None:
-            kept.remember(rows, content)
+            kept.remember(rows, content, mask_content)
 
 
 def scan(specs: Sequence[DatasetSpec], *, index_dir: Callable[[SubsetSpec], Path | None] = lambda subset: None,
@@ -84,12 +85,21 @@ def scan(specs: Sequence[DatasetSpec], *, index_dir: Callable[[SubsetSpec], Path
         listings.append(listing)
         kept.append(index)
         gathered += _more_lines(listing, subset)
-    return Scan(_items(tuple(specs), tuple(listings)), tuple(gathered), tuple(kept))
+    found = Scan(_items(tuple(specs), tuple(listings)), tuple(gathered), tuple(kept))
+    if len(found.items) >= LARGE:
+        _give_memory_back()
+    return found
+
+
+def _give_memory_back() -> None:
+    """What a large scan used for a while is some hundred bytes for each picture in small pieces, which glibc would keep."""
+    with suppress(OSError, AttributeError, TypeError):  # other systems have no such function, and no such habit
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _scan_subset(subset: SubsetSpec, folder: Path | None, check: Check, began: int, tally: Tally) -> tuple[Listing, Kept | None]:
     kept = None if folder is None else Kept(folder, _where(subset, folder), _how(subset))
-    with _locked(kept) as obstacle:
+    with _locked(kept, _root(subset)) as obstacle:
         old = None if kept is None else kept.load()
         same_captions = old is not None
         if old is not None and old.sound and check == "none":
@@ -109,20 +119,26 @@ def _scan_subset(subset: SubsetSpec, folder: Path | None, check: Check, began: i
         tally.add(problems.NO_INDEX, kept.folder, UserError(
             f"the index of the pictures cannot be kept in {kept.folder} ({obstacle}): every start looks at them anew",
             place=subset.place, remedy="make the folder writable, or set --cache_dir to another one"))
+        kept.detach()
     return Listing(found.root, columns.names, columns.captions, columns.sizes, columns.name_hash, columns.stamps,
-                   columns.content, columns.weights, columns.masks), kept
+                   columns.content, columns.weights, columns.masks, columns.mask_content), kept
+
+
+def _tell_waiting(pictures: Path, lock: Path, seconds: float) -> None:
+    log.info("waiting (for %.0f s now) for another run that is looking at the pictures of %s and holds %s", seconds, pictures,
+             lock)
 
 
 @contextmanager
-def _locked(kept: Kept | None) -> Iterator[str | None]:
+def _locked(kept: Kept | None, pictures: Path) -> Iterator[str | None]:
     """Holds the lock of an index and gives None, or says why nothing can be written there."""
     if kept is None:
         yield None
         return
-    lock = FileLock(kept.lock_path, lambda: log.info("waiting for another run that looks at the pictures of %s", kept.folder))
+    lock, obstacle = FileLock(kept.lock_path, partial(_tell_waiting, pictures, kept.lock_path)), None
     try:
         kept.folder.mkdir(parents=True, exist_ok=True)
-        obstacle = None if lock.acquire(LOCK_SECONDS) else "another run has had it locked for a quarter of an hour"
+        lock.acquire()
     except OSError as error:
         obstacle = error.strerror or str(error)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy
 
@@ -20,15 +21,24 @@ SKIPPED, HELD_OUT, SURPLUS = "skip_image_resolution", "validation_split", "regul
 
 
 @dataclass(frozen=True)
+class Remark:
+    """What the user should hear of a choice and the rows do not show. ``reason`` is a key of ``Selection.dropped``."""
+
+    reason: str
+    severity: Literal["warning", "note"]
+    text: str
+
+
+@dataclass(frozen=True)
 class Selection:
     """``train``: with the repeats that regularisation pictures need to be shown as often as the others of their dataset.
     ``validation``: held out of ``train``, each once. ``dropped``: for each reason (a key of the dataset file, or
-    ``regularisation``) the rows of the given items that are not trained on. ``notes``: lines for the log."""
+    ``regularisation``) the rows of the given items that are not trained on. ``remarks``: what else there is to say."""
 
     train: Items
     validation: Items
     dropped: Mapping[str, numpy.ndarray]
-    notes: tuple[str, ...]
+    remarks: tuple[Remark, ...]
 
 
 def select(items: Items) -> Selection:
@@ -36,11 +46,9 @@ def select(items: Items) -> Selection:
 
     Raises UserError when a dataset has nothing left to train on.
     """
-    notes: list[str] = []
-    dataset = _of_subset(items, [subset.dataset for subset in items.subsets])
-    regular = _of_subset(items, [subset.is_reg for subset in items.subsets])
-    skipped = _skipped(items, dataset, notes)
-    held_out = _held_out(items, ~skipped & ~regular, notes)
+    dataset, regular = items.dataset, numpy.array([subset.is_reg for subset in items.subsets])[items.listing]
+    skipped = _skipped(items, dataset)
+    held_out, remarks = _held_out(items, ~skipped & ~regular)
     repeats = numpy.where(skipped | held_out, 0, items.repeats).astype(numpy.int32)
     raise_all(_nothing_left(items, dataset, ~regular & (repeats > 0), skipped))
     surplus = numpy.zeros(len(items), dtype=bool)
@@ -49,19 +57,13 @@ def select(items: Items) -> Selection:
         wanted = int(repeats[~regular & (dataset == number)].sum())
         balanced = _balanced(repeats[rows], wanted, _order_keys(items, "regularisation")[rows]) if len(rows) else rows
         repeats[rows], surplus[rows] = balanced, balanced == 0
-        notes += _balance_notes(items, rows[balanced == 0], len(rows), number)
     train = replace(items, repeats=repeats).take(repeats > 0)
     validation = replace(items, repeats=numpy.ones_like(items.repeats)).take(held_out)
     dropped = {SKIPPED: skipped, HELD_OUT: held_out, SURPLUS: surplus}
-    return Selection(train, validation, {name: numpy.flatnonzero(rows) for name, rows in dropped.items()}, tuple(notes))
+    return Selection(train, validation, {name: numpy.flatnonzero(rows) for name, rows in dropped.items()}, tuple(remarks))
 
 
-def _of_subset(items: Items, values: list) -> numpy.ndarray:
-    """(N,) the value of each row's subset."""
-    return numpy.array(values)[items.listing]
-
-
-def _skipped(items: Items, dataset: numpy.ndarray, notes: list[str]) -> numpy.ndarray:
+def _skipped(items: Items, dataset: numpy.ndarray) -> numpy.ndarray:
     """Where a picture has at most as many pixels as its dataset's ``skip_image_resolution``."""
     skipped = numpy.zeros(len(items), dtype=bool)
     limits = [spec.skip_image_resolution for spec in items.specs]
@@ -70,19 +72,14 @@ def _skipped(items: Items, dataset: numpy.ndarray, notes: list[str]) -> numpy.nd
     area = items.sizes.astype(numpy.int64).prod(axis=1)
     for number, limit in enumerate(limits):
         if limit:
-            here = dataset == number
-            small = here & (area <= limit[0] * limit[1])
-            skipped |= small
-            if small.any():
-                notes.append(f"{items.specs[number].place}: {small.sum()} of {here.sum()} pictures are left out, which have no "
-                             f"more pixels than skip_image_resolution ({limit[0]}x{limit[1]})")
+            skipped |= (dataset == number) & (area <= limit[0] * limit[1])
     return skipped
 
 
-def _held_out(items: Items, candidates: numpy.ndarray, notes: list[str]) -> numpy.ndarray:
+def _held_out(items: Items, candidates: numpy.ndarray) -> tuple[numpy.ndarray, list[Remark]]:
     """Of each subset the ``validation_split`` share of the candidate rows: those with the lowest hash of seed and name. So a
     folder that stands in several datasets gives up the same pictures in each."""
-    held_out = numpy.zeros(len(items), dtype=bool)
+    held_out, remarks = numpy.zeros(len(items), dtype=bool), []
     shares = {index: items.specs[subset.dataset] for index, subset in enumerate(items.subsets)
               if not subset.is_reg and items.specs[subset.dataset].validation_split > 0}
     for index, spec in shares.items():
@@ -90,18 +87,16 @@ def _held_out(items: Items, candidates: numpy.ndarray, notes: list[str]) -> nump
         count = min(max(round(len(rows) * spec.validation_split), 1), len(rows) - 1)
         if count < 1:
             if len(rows):
-                notes.append(f"{items.subsets[index].place}: its only picture is trained on, none is held out for validation")
+                remarks.append(Remark(HELD_OUT, "note", f"{items.subsets[index].place}: its only picture is trained on, none is "
+                                                        "held out for validation"))
             continue
         names = items.listings[index].name_hash[items.row[rows]]
         keys = mix_array(names ^ numpy.uint64(hash64("validation", spec.validation_seed or 0)))
         held_out[rows[numpy.argsort(keys, kind="stable")[:count]]] = True
-        notes.append(f"{items.subsets[index].place}: {count} of {len(rows)} pictures are held out for validation")
-    if shares:
-        notes += _leaks(items)
-    return held_out
+    return held_out, remarks + (_leaks(items) if shares else [])
 
 
-def _leaks(items: Items) -> list[str]:
+def _leaks(items: Items) -> list[Remark]:
     """One folder that two subsets hold different pictures out of is validated on what it was trained on."""
     rules: dict[str, set] = {}
     splits: set[str] = set()
@@ -111,9 +106,9 @@ def _leaks(items: Items) -> list[str]:
                                            spec.skip_image_resolution, listing.name_hash.tobytes()))
         if spec.validation_split > 0 and not subset.is_reg:
             splits.add(root)
-    return [f"{root}: subsets on this folder differ in validation_split, validation_seed, skip_image_resolution or the pictures "
-            "they take, so some held-out pictures may be trained on as well" for root in rules if root in splits and
-            len(rules[root]) > 1]
+    return [Remark(HELD_OUT, "warning", f"{root}: subsets on this folder differ in validation_split, validation_seed, "
+                   "skip_image_resolution or the pictures they take, so some held-out pictures may be trained on as well")
+            for root in rules if root in splits and len(rules[root]) > 1]
 
 
 def _nothing_left(items: Items, dataset: numpy.ndarray, trained: numpy.ndarray, skipped: numpy.ndarray) -> list[UserError]:
@@ -152,11 +147,3 @@ def _balanced(repeats: numpy.ndarray, wanted: int, keys: numpy.ndarray) -> numpy
     result = numpy.empty_like(given)
     result[order] = given
     return result
-
-
-def _balance_notes(items: Items, unused: numpy.ndarray, count: int, number: int) -> list[str]:
-    if not len(unused):
-        return []
-    names = ", ".join(items.path(int(row)).name for row in unused[:5])
-    return [f"{items.specs[number].place}: {len(unused)} of {count} regularisation pictures are not used, because there are "
-            f"more of them than showings of training pictures: {names}{', ...' if len(unused) > 5 else ''}"]

@@ -27,9 +27,10 @@ from typing import BinaryIO
 import numpy
 import xxhash
 
+from library.data.keys import KEY_BYTES
+
 FORMAT = "kiln-shard-1"
 HEADER_BYTES = 4096  # with the eight bytes of its length; the data then begins on a page
-KEY_BYTES = 16
 SUFFIX, BAD_SUFFIX, DAMAGED_SUFFIX = ".safetensors", ".bad", ".damaged"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
               "U8": 1, "BOOL": 1}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from library.data import augment, caption
 from library.data.augment import View
+from library.data.caption import CaptionRules
 from library.data.items import Item
 from library.data.keyed import Keyed
 
@@ -46,7 +47,7 @@ def show(item: Item, repeat: int, course: Course, epoch: int, step: int) -> Show
     weight = item.weight * (course.prior_loss_weight if item.subset.is_reg else 1.0)
     if not course.augmented:
         view = augment.plain_view(item)
-        words = caption.variants(item.caption, rules, course.seed, item.sample_id, 1)[0]
+        words = variant_text(item.caption, rules, item.sample_id, course)
         return Showing(sample_id, item.path, item.mask, view, words, 0, weight, _geometry(item, view))
     view = augment.draw_view(item, course.seed, epoch, sample_id)
     variant, words = EMPTY, ""
@@ -54,10 +55,24 @@ def show(item: Item, repeat: int, course: Course, epoch: int, step: int) -> Show
         if course.variants is None:
             variant, words = 0, caption.render(item.caption, rules, course.seed, epoch, sample_id, step, course.total_steps)
         else:
-            made = caption.variants(item.caption, rules, course.seed, item.sample_id, course.variants)
-            variant = Keyed(course.seed, epoch, sample_id, "variant").below(len(made))
-            words = made[variant]
+            variant = Keyed(course.seed, epoch, sample_id, "variant").below(variant_count(rules, course))
+            words = variant_text(item.caption, rules, item.sample_id, course, variant)
     return Showing(sample_id, item.path, item.mask, view, words, variant, weight, _geometry(item, view))
+
+
+def variant_count(rules: CaptionRules, course: Course) -> int:
+    """How many cached texts the showings of one caption draw from: one where they would all be the same, and for validation."""
+    if not course.augmented or not rules.varies:
+        return 1
+    assert course.variants is not None, "only cached captions have a number of variants"
+    return course.variants
+
+
+def variant_text(words: str, rules: CaptionRules, item_id: str, course: Course, number: int = 0) -> str:
+    """One of the ``variant_count`` texts of a caption, from 0; for validation with all its tags."""
+    if not course.augmented:
+        rules = replace(rules, tag_dropout_rate=0.0)
+    return caption.variant(words, rules, course.seed, item_id, number)
 
 
 def _geometry(item: Item, view: View) -> tuple[int, int, int, int, int, int]:

@@ -49,7 +49,8 @@ def check_buckets(lookup: Lookup, path: Steps, spec: DatasetSpec) -> None:
     step_place = lookup.get("bucket_reso_steps", path).place
     area_side = math.isqrt(spec.resolution[0] * spec.resolution[1])
     if spec.bucket_reso_steps > area_side:
-        lookup.error(f"{spec.bucket_reso_steps} is larger than the resolution", step_place, "use a smaller step")
+        lookup.error(f"{spec.bucket_reso_steps} is larger than the resolution", step_place,
+                     f"set a smaller bucket_reso_steps than {spec.bucket_reso_steps}")
         return
     for name in ("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale", "bucket_reso_steps"):
         limit = name in ("min_bucket_reso", "max_bucket_reso")
@@ -155,6 +156,9 @@ def check_run(lookup: Lookup, specs: Sequence[DatasetSpec], caching: CachingOpti
     if lookup.flag("masked_loss") and all(subset.mask == "none" and subset.source is None for subset in subsets):
         lookup.error("no subset has masks", lookup.flag_place("masked_loss"),
                      "give mask pictures with conditioning_data_dir, or use transparency with alpha_mask")
+    if caching.cache_dir is not None and not (caching.on_disk or any(subset.cache_info for subset in subsets)):
+        lookup.error("nothing is kept on disk", lookup.flag_place("cache_dir"), "add --cache_latents_to_disk, "
+                     "--cache_text_encoder_outputs_to_disk or --cache_info, or leave it out")
     splits = any(spec.validation_split for spec in specs)
     for name in VALIDATION_SCHEDULE:
         if lookup.flag(name) is not None and not splits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,10 @@ class Key:
 def _whole(low: int, high: int = 2**31 - 1) -> Callable[[Any], int]:
     def read(value: Any) -> int:
         if type(value) is not int or not low <= value <= high:
-            limit = f"at least {low}" if type(value) is not int or value < low else f"at most {high}"
-            raise ValueError(f"a whole number of {limit}")
+            small = type(value) is not int or value < low
+            limit, other = (f"at least {low}", f"{low} or more") if small else (f"at most {high}", f"{high} or less")
+            plain = type(value) in (str, float) and re.fullmatch(r"([0-9]+)(\.0*)?", str(value).strip())
+            raise ValueError(f"a whole number of {limit}", f"write {plain[1]}" if plain else f"give {other}")
         return value
     return read
 
@@ -45,14 +48,23 @@ def _number(low: float, high: float = math.inf, above: bool = False, below: bool
     def read(value: Any) -> float:
         fits = type(value) in (int, float) and math.isfinite(value) and (low < value if above else low <= value)
         if not fits or not (value < high if below else value <= high):
-            raise ValueError(words)
+            percent = high == 1 and type(value) in (int, float) and 2 <= value < 100
+            raise ValueError(words, f"write {value / 100:g} for {value:g} percent" if percent else _plain_number(value))
         return float(value)
     return read
 
 
+def _plain_number(value: Any) -> str:
+    """What to write for a number in quotes or in percent."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(%?)", value.strip()) if isinstance(value, str) else None
+    return f"write {float(found[1]) / (100 if found[2] else 1):g}" if found else ""
+
+
 def _switch(value: Any) -> bool:
     if type(value) is not bool:
-        raise ValueError("true or false", "write it without quotes" if str(value).lower() in ("true", "false") else "")
+        word = str(value).lower()
+        meant = "true" if word in ("true", "yes", "1") else "false" if word in ("false", "no", "0") else ""
+        raise ValueError("true or false", f"write {meant}, without quotes" if meant else "")
     return value
 
 
@@ -162,10 +174,11 @@ ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def problem(key: Key, value: Any) -> tuple[str, str] | None:
-    """What ``value`` should be and how to write it, or None when it is fine."""
+    """What is wrong with ``value`` and how to write it, or None when it is fine."""
     try:
         key.read(value)
     except ValueError as error:
         expected, remedy = (*error.args, "")[:2]
-        return expected, remedy or f"give {expected}"
+        shown = str(value).lower() if isinstance(value, bool) else repr(value)
+        return f"{shown} is not {expected}", remedy or f"give {expected}"
     return None

@@ -98,7 +98,7 @@ class Lookup:
         value = str(value) if isinstance(value, Path) else value
         wrong = problem(KEYS[name], value)
         if wrong:
-            self.error(f"{_shown(value)} is not {wrong[0]}", place, wrong[1])
+            self.error(wrong[0], place, wrong[1])
         return Found(None if wrong else KEYS[name].read(value), place, "flag")
 
     def _table(self, path: Steps) -> dict:
@@ -119,7 +119,7 @@ class Lookup:
 
     def check_structure(self) -> bool:
         """Checks names, sections and types; True when the tables are in place and values can be looked up."""
-        before = len(self.errors)
+        before, lacking = len(self.errors), "datasets" not in self.values
         for name, value in self.values.items():
             if name == GENERAL:
                 if not isinstance(value, dict):
@@ -128,19 +128,22 @@ class Lookup:
                 self._check_tables(value, ("datasets",))
             else:
                 remedy = nearest(name, (GENERAL, "datasets"))
+                lacking = lacking and "datasets" not in remedy
+                if nearest(name, (SUBSET,)):
+                    remedy = "write [[datasets.subsets]], below [[datasets]]"
                 if name in KEYS or name in LEFTOVERS or name in ELSEWHERE:
                     home = GENERAL if name not in KEYS else KEYS[name].sections[0]
                     remedy = f"move it below a line {SECTIONS[home]}"
-                self.error("unknown key at the top of the file", self.places.key(name), remedy or "known here: general, datasets")
-        if "datasets" not in self.values:
+                self.error("unknown key at the top of the file", self.places.key(name, 0),
+                           remedy or "known here: general, datasets")
+        if lacking:
             self.error("there is no [[datasets]]", self.places.table(),
                        "add [[datasets]] with resolution, and below it [[datasets.subsets]] with image_dir")
-        if len(self.errors) > before:
-            return False
-        for section, path, table in self._tables():
+        sound = len(self.errors) == before
+        for section, path, table in self._tables():  # of a file that is out of shape the keys are checked all the same
             for name, value in table.items():
                 self._check_key(section, name, value, self.places.key(*path, name))
-        return True
+        return sound
 
     def _check_tables(self, value: Any, path: Steps) -> None:
         name = ".".join(step for step in path if isinstance(step, str))
@@ -152,18 +155,24 @@ class Lookup:
                 continue
             if SUBSET in table:
                 self._check_tables(table[SUBSET], (*path, index, SUBSET))
+            elif misspelt := next((key for key, inner in table.items() if key not in LEFTOVERS and _holds_tables(inner)), None):
+                self.error(f"unknown table [[datasets.{misspelt}]]", self.places.key(*path, index, misspelt, 0),
+                           "write [[datasets.subsets]]")
             else:
                 self.error("this dataset has no [[datasets.subsets]]", self.places.table(*path, index),
                            "add [[datasets.subsets]] with image_dir below it")
 
     def _tables(self) -> Iterator[tuple[str, Steps, dict]]:
-        if GENERAL in self.values:
+        """All tables that stand where they should, with the names of their sections; what is misspelt counts as subsets."""
+        if isinstance(self.values.get(GENERAL), dict):
             yield GENERAL, (GENERAL,), self.values[GENERAL]
-        for index, table in enumerate(self.values["datasets"]):
-            path = ("datasets", index)
-            yield "datasets", path, {key: value for key, value in table.items() if key != SUBSET}
-            for number, subset in enumerate(table[SUBSET]):
-                yield SUBSET, (*path, SUBSET, number), subset
+        for path, table in _listed(self.values, "datasets"):
+            inner = [key for key, value in table.items() if key == SUBSET or SUBSET not in table and key not in LEFTOVERS
+                     and _holds_tables(value)]
+            yield "datasets", path, {key: value for key, value in table.items() if key not in inner}
+            for key in inner:
+                for place, subset in _listed(table, key):
+                    yield SUBSET, (*path, *place), subset
 
     def _check_key(self, section: str, name: str, value: Any, place: str) -> None:
         if name in ELSEWHERE:
@@ -177,7 +186,7 @@ class Lookup:
         elif section not in (homes := KEYS[name].sections if name in KEYS else LEFTOVERS[name][0]):
             self.error("this key does not belong here", place, f"move it to {' or '.join(SECTIONS[home] for home in homes)}")
         elif wrong := problem(KEYS[name], value):
-            self.error(f"{_shown(value)} is not {wrong[0]}", place, wrong[1])
+            self.error(wrong[0], place, wrong[1])
 
     def _advice(self, section: str, name: str) -> str:
         """For a key that is not known: its name in this file, or where it belongs."""
@@ -190,5 +199,13 @@ class Lookup:
         return nearest(name, here) or nearest(name, KEYS) or f"known here: {', '.join(here)}"
 
 
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+def _holds_tables(value: Any) -> bool:
+    return isinstance(value, dict) or isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _listed(table: dict, name: str) -> Iterator[tuple[Steps, dict]]:
+    """The tables in the list of that name, as far as it is one."""
+    values = table.get(name)
+    for index, value in enumerate(values if isinstance(values, list) else ()):
+        if isinstance(value, dict):
+            yield (name, index), value

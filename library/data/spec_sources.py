@@ -19,7 +19,6 @@ from library.data.spec_lookup import Found, Lookup
 from library.errors import UserError, nearest
 from library.toml_lines import Locator
 
-SOURCES = ("dataset_config", "train_data_dir", "in_json", "dataset_class")
 # "10_a cat": the number of repeats, and the caption of pictures without a caption file
 _CLASS_FOLDER = re.compile(r"(?P<repeats>[0-9]+)_(?P<words>.*)", re.DOTALL)
 _SHOWN = 8  # names spelled out in a note

@@ -20,10 +20,10 @@ import xxhash
 
 from library.checkpoint.dtypes import TORCH_DTYPES
 from library.data.buffers import Buffers
+from library.data.keys import KEY_BYTES
 from library.data.lookup import MISSING, Lookup
 from library.data.open_files import OpenFiles
-from library.data.shards import (KEY_BYTES, Damaged, Field, Foreign, Layout, Shard, mark_bad, open_shard, set_aside,
-                                 shard_files)
+from library.data.shards import Damaged, Field, Foreign, Layout, Shard, mark_bad, open_shard, set_aside, shard_files
 from library.data.store_writer import Writer, record
 from library.errors import UserError
 from library.log import log

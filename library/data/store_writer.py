@@ -15,7 +15,8 @@ import torch
 
 from library.atomic import atomic_file, sweep
 from library.checkpoint.dtypes import DTYPE_NAMES
-from library.data.shards import ITEM_BYTES, KEY_BYTES, Field, Layout, ShardBuilder, shard_name
+from library.data.keys import KEY_BYTES
+from library.data.shards import ITEM_BYTES, Field, Layout, ShardBuilder, shard_name
 from library.errors import UserError
 
 # A shard is sealed at whichever comes first: what a kill can lose is at most one of them.
@@ -82,11 +83,11 @@ class Writer:
         except BaseException as error:
             self._error = error
         if self._error is not None:
-            while self._queue.get() is not None:
+            while self._take() is not None:
                 pass  # a thread that waits to put must not wait for ever; its next call tells the error
 
     def _write(self) -> None:
-        item = self._queue.get()
+        item = self._take()
         while item is not None:
             with atomic_file(self._folder / shard_name(self._kind)) as file:
                 shard, until = ShardBuilder(file, self._kind), time.monotonic() + SHARD_SECONDS
@@ -95,14 +96,21 @@ class Writer:
                     item = _LATE if _is_full(shard) else self._next(until)
                 shard.finish()
             if item is _LATE:
-                item = self._queue.get()
+                item = self._take()
 
     def _next(self, until: float) -> object:
         """The next record, None at the end, or ``_LATE``: an encoder that pauses must not keep a shard from being sealed."""
         try:
-            return self._queue.get(timeout=max(0.0, until - time.monotonic()))
+            return self._take(max(0.0, until - time.monotonic()))
         except queue.Empty:
             return _LATE
+
+    def _take(self, seconds: float | None = None) -> object:
+        """From the queue. The end stays there: after an error while the last shard is sealed it is waited for once more."""
+        item = self._queue.get(timeout=seconds)
+        if item is None:
+            self._queue.put(None)
+        return item
 
     def _explain(self, error: BaseException) -> UserError:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", -1))

@@ -66,5 +66,5 @@ def draw(seed: int, step: int, sample_ids: Sequence[str], shape: tuple[int, int,
 
 
 def _stream(row: str) -> np.random.Generator:
-    key = hashlib.blake2b(row.encode(), digest_size=16).digest()
+    key = hashlib.blake2b(row.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))

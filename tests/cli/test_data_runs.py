@@ -79,7 +79,8 @@ def test_held_out_pictures_are_measured_and_not_trained(flags, tmp_path):
     measured = column(tmp_path / "first", "validation_loss")
     assert len(measured) == 3 and measured == column(tmp_path / "again", "validation_loss")
     assert len(column(tmp_path / "often", "validation_loss")) == 4
-    assert "held-out" in first.text and "3 pictures, 2 steps an epoch" in first.text
+    assert "held-out" in first.text and "an epoch is 2 steps" in first.text and "of 3 pictures" in first.text
+    assert "an epoch is 2 steps" in first.text and "2 pictures held out for validation" in first.text  # what the data page says
 
 
 def test_variants_of_a_caption_are_cached(flags, tmp_path):
@@ -91,6 +92,25 @@ def test_variants_of_a_caption_are_cached(flags, tmp_path):
     refused, cached = run_all(flags("refused", *common), flags("cached", *common, "--text_cache_variants", "4"))
     assert refused.status == 2 and "--text_cache_variants" in refused.errors[0] and "Traceback" not in refused.text
     worked(cached)
+
+
+def test_long_captions_are_told_once_whether_cached_or_not(flags, tmp_path):
+    pictures = make_pictures(tmp_path / "pictures", 3)
+    (pictures / "picture1.txt").write_text("the cat and the blue dog " * 9 + "end", encoding="utf-8")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the red box " * 30 + "--w 64 --h 64 --s 1\n", encoding="utf-8")
+    data = dataset_file(tmp_path / "data.toml", pictures)
+    common = ("--dataset_config", data, "--max_train_steps", "1")
+    first, online = run_all(flags("first", *common, *DISK, "--sample_prompts", prompts, "--sample_every_n_steps", "5"),
+                            flags("online", *common))
+    cached, = run_all(flags("cached", *common, *DISK))
+    worked(first, online, cached)
+    assert "cached text outputs: all 3 are there already" in cached.text
+    for done in (first, online, cached):
+        assert done.text.count("1 caption is longer than the 16 tokens that T5 reads") == 1, done.text
+        assert done.text.count("picture1.png: ") == 1 and done.text.count("an epoch is") == 1
+    assert first.text.count("1 preview prompt is longer than the 16 tokens that T5 reads (such as ") == 1
+    assert "preview prompt is" not in cached.text
 
 
 def test_only_what_changed_is_encoded_again(flags, tmp_path):
@@ -107,7 +127,8 @@ def test_only_what_changed_is_encoded_again(flags, tmp_path):
     second, third = run_all(flags("second", *common), flags("third", *common))
     worked(second, third)
     assert "latents 2/2" in second.text and "text outputs 1/1" in second.text, second.text
-    assert "latents" not in third.text.replace("cache_latents", "") or "latents 0" in third.text
+    assert "encoded" not in third.text
+    assert all(f"cached {what}: all 4 are there already" in third.text for what in ("latents", "text outputs"))
     assert losses(tmp_path / "second") == losses(tmp_path / "third")
 
 

@@ -11,18 +11,20 @@ from tests.cli.conftest import ROOT, environment, run_script, with_flag
 from tests.contract.conftest import dataset_file, losses, make_pictures
 
 
-def test_two_processes_are_one_that_accumulates_two(base, tmp_path):
-    """3 micro-batches an epoch do not divide by 2: the filler of the last step must count nothing."""
+@pytest.mark.parametrize("disk", [(), ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")], ids=["memory", "disk"])
+def test_two_processes_are_one_that_accumulates_two(base, tmp_path, disk):
+    """3 micro-batches an epoch do not divide by 2: the filler of the last step must count nothing. Both fill the caches."""
     three = dataset_file(tmp_path / "three.toml", make_pictures(tmp_path / "three", 3), batch_size=1)
     flags = with_flag(with_flag(with_flag(base, "learning_rate", "1e-3"), "max_train_steps", 5), "dataset_config", three)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    several = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), "flux_train.py",
-                              *with_flag(flags, "output_dir", tmp_path / "two")], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                             timeout=300)
+    several = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port),
+                              "flux_train.py", *with_flag(flags, "output_dir", tmp_path / "two"), *disk],
+                             cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert several.returncode == 0, several.stderr[-3000:]
     assert several.stderr.count("steps in all") == 1 and several.stderr.count("saved ") == 1
+    assert len(list((tmp_path / "three" / ".kiln_cache").glob("latents-*"))) == (2 if disk else 0)
     one = run_script(*with_flag(flags, "output_dir", tmp_path / "one"), "--gradient_accumulation_steps", "2")
     assert one.status == 0, one.text
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from library.architectures.base import NpzLayout
 from library.data import maintenance, npz_import, store_writer
-from library.data.keys import content_hash, latent_keys
+from library.data.keys import LatentKeys, content_hash
 from library.data.shards import mark_bad, shard_files
 from library.data.store import Store
 from tests.unit.data_helpers import one_folder, picture
@@ -205,7 +205,8 @@ def imported(items, folder, **options):
 
 def rows_of(items, store, flip=False):
     content = numpy.array([list(content_hash(item.path.read_bytes())) for item in items], dtype=numpy.uint8)
-    return store.find(latent_keys(items, content, None, "vae", flip)).tolist()
+    keys = LatentKeys(items, "vae").of_many(numpy.arange(len(items)), flip, content, numpy.zeros_like(content))
+    return store.find(keys).tolist()
 
 
 def test_latents_beside_pictures_become_the_records_a_run_looks_for(tmp_path):

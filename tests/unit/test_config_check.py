@@ -56,7 +56,6 @@ def lines(*argv):
     ("--weighting_scheme logit_normal", "--weighting_scheme: logit_normal is a density"),
     ("--weighting_scheme cosmap", "--weighting_scheme: cosmap is a weight of the loss"),
     ("--min_bucket_reso 512 --max_bucket_reso 256", "--min_bucket_reso: 512 is larger than max_bucket_reso 256"),
-    ("--cache_dir c --cache_latents", "--cache_dir: nothing is cached on disk"),
     ("--skip_cache_check --cache_check full", "--skip_cache_check: contradicts --cache_check full"),
     ("--dataset_config= --in_json folder", "--in_json: folder is a folder, not a file"),
     ("--dataset_config= --in_json prompt.txt", "--in_json: no such file or folder: prompt.txt; did you mean 'prompts.txt'?"),
@@ -99,7 +98,7 @@ def test_conflict(argv, expected):
     "--model_prediction_type sigma_scaled --weighting_scheme sigma_sqrt", "--min_timestep 0 --max_timestep 1",
     "--save_every_n_steps 5 --save_last_n_steps 10", "--save_n_epoch_ratio 4 --save_last_n_epochs 2",
     "--sample_prompts prompts.txt --sample_every_n_steps 5", "--logging_dir logs",
-    "--cache_dir c --cache_latents_to_disk", "--cache_dir c --cache_info", "--skip_cache_check", "--cache_check full",
+    "--cache_dir c --cache_latents_to_disk", "--cache_dir c", "--skip_cache_check", "--cache_check full",
     "--dataset_config= --train_data_dir folder --reg_data_dir folder", "--dataset_config= --dataset_class a.b.C",
     "--dataset_config= --in_json data.toml --train_data_dir folder", "--train_data_dir nowhere", "--validate_every_n_steps 5",
     "--dataset_config= --train_data_dir folder --validate_every_n_epochs 5 --validation_split 0.1", "--caption_extention .cap",
@@ -116,6 +115,23 @@ def test_all_conflicts_at_once_with_the_line_of_the_file():
     assert len(found) == 4
     assert any(line.startswith("train.toml:1: full_bf16:") for line in found)
     assert any(line.startswith("train.toml:2: save_model_as:") for line in found)
+
+
+def test_a_path_that_stands_beside_the_configuration_file():
+    Path("folder/data2.toml").write_text("")
+    Path("folder/train.toml").write_text("dataset_config = 'data2.toml'\n")
+    config = parse(ENTRY, ["--config_file", "folder/train.toml", *REQUIRED[:2], *REQUIRED[4:]], {})
+    with pytest.raises(UserError) as caught:
+        check(config)
+    (line,) = caught.value.problems
+    assert line.startswith("folder/train.toml:1: dataset_config: no such file or folder: data2.toml; paths in this file are looked up")
+    assert line.endswith("write folder/data2.toml, or start there")
+
+
+def test_the_nearest_name_is_one_of_the_same_kind():
+    Path("log_data2.txt").write_text("")
+    (line,) = lines("--dataset_config", "data2.toml")
+    assert line.endswith("did you mean 'data.toml'?")
 
 
 def test_nothing_given():

@@ -80,7 +80,7 @@ def test_ways_of_writing(place):
     assert config.optimizer.learning_rate == 1e-5 and config.objective.logit_mean == -0.5
     assert config.caching.cache_latents is True and config.memory.gradient_checkpointing is False
     assert config.general.seed == 2 and config.metadata.metadata_title == "--odd = title"
-    assert config.dataset.resolution == "768,512" and config.dataset.size == (768, 512)
+    assert config.dataset.resolution == "768,512"
     assert config.optimizer.lr_warmup_steps == 0.05
 
 

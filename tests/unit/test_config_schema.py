@@ -31,7 +31,6 @@ def test_every_setting_is_well_formed():
 
 def test_derived_values():
     assert CachingOptions(cache_latents_to_disk=True).latents_cached and not CachingOptions().text_cached
-    assert DatasetOptions(resolution="512").size == (512, 512) and DatasetOptions().size is None
     assert DatasetOptions().workers(latents_cached=True) == 0
     assert DatasetOptions(max_data_loader_n_workers=1).workers(latents_cached=False) == 1
     assert [CachingOptions(**one).check for one in ({}, {"cache_check": "full"}, {"skip_cache_check": True},

@@ -111,8 +111,10 @@ def test_flips_variants_and_dropped_captions_come_from_the_caches(items):
 
 
 def test_validation_has_neither_flips_nor_dropped_captions(items):
-    items = with_captions(with_subset(items, augment=Augment(flip=True, random_crop=True)), dropout_rate=1.0)
+    items = with_captions(with_subset(items, augment=Augment(flip=True, random_crop=True)), dropout_rate=1.0,
+                          tag_dropout_rate=1.0)
     course = replace(COURSE, augmented=False)
+    assert list(CaptionVariants(items, replace(course, variants=3))) == [item.caption for item in items]
     for group in batches(TrainingData(items, course), StepPlan(items, [2], seed=1), 0, 0, 6, 0):
         for batch in group.micro:
             for row, sample_id in enumerate(batch.sample_ids):

@@ -7,25 +7,28 @@ import numpy
 import pytest
 
 from library.data import findings
+from library.data.bucket import assign
 from library.data.duplicates import duplicates
 from library.data.findings import Finding, brief, gather
 from library.data.plan import StepPlan
 from library.data.scan import Scan
 from library.data.select import Selection, select
-from library.data.tokens import TokenCount
-from tests.unit.data_helpers import made_up_items, picture, scan_folder
+from library.data.tokens import Counted, TokenCount, count_longest
+from tests.unit.data_helpers import SMALL, dataset_file, made_up_items, picture, scan_file, scan_folder
 
 
-def found_in(scan: Scan, tokens=(), **how) -> dict[str, Finding]:
+def found_in(scan: Scan, **how) -> dict[str, Finding]:
     selection = select(scan.items)
     plan = StepPlan(selection.train, [spec.batch_size for spec in scan.items.specs], 1)
-    return {finding.kind: finding for finding in gather(scan, selection, plan, tokens, **how)}
+    return {finding.kind: finding for finding in gather(scan, selection, plan, **how)}
 
 
 def of_sizes(*sizes, **spec) -> dict[str, Finding]:
     """The findings about made-up pictures at a resolution of 64 x 64."""
     items = made_up_items(sizes)
-    items = replace(items, specs=tuple(replace(each, **spec) for each in items.specs))
+    specs = tuple(replace(each, **spec) for each in items.specs)
+    group, buckets = assign(items.sizes, specs[0].rule)
+    items = replace(items, specs=specs, group=group, groups=tuple((0, bucket) for bucket in buckets))
     plan = StepPlan(items, [each.batch_size for each in items.specs], 1)
     nothing = Selection(items, items.take(numpy.zeros(len(items), dtype=bool)), {}, ())
     return {finding.kind: finding for finding in gather(Scan(items, (), (None,)), nothing, plan)}
@@ -39,9 +42,11 @@ def test_good_data_have_nothing_but_the_length_of_an_epoch():
 
 def test_tiny_and_enlarged_pictures_are_told_apart():
     found = of_sizes((128, 128), (20, 20), (50, 50), (32, 32), (63, 63))
-    assert found["tiny"].title == "1 picture is tiny for its training size" and "001.png (20x20)" in found["tiny"].examples[0].text
+    assert found["tiny"].title == "1 picture is tiny for its training size"
+    assert found["tiny"].examples[0].text == "001.png (20x20)"
     assert found["enlarged"].title == "2 pictures are enlarged, by up to 2.0 times" and found["enlarged"].severity == "warning"
-    assert [example.text for example in found["enlarged"].examples] == ["003.png (32x32, 2.0 times)", "002.png (50x50, 1.3 times)"]
+    examples = [example.text for example in found["enlarged"].examples]
+    assert examples == ["003.png (32x32, 2.0 times)", "002.png (50x50, 1.3 times)"]
     assert of_sizes((50, 50))["enlarged"].severity == "note"
 
 
@@ -52,9 +57,11 @@ def test_tiny_without_enlarging():
 
 def test_heavy_cropping_names_the_remedy_that_fits():
     found = of_sizes((400, 100), (128, 128), enable_bucket=False)
-    assert found["cropped"].title == "1 picture loses more than 25% of their area to the crop"
+    assert found["cropped"].title == "1 picture loses more than 25% of its area to the crop"
     assert "75% cut away" in found["cropped"].examples[0].text and "enable_bucket" in found["cropped"].remedy
     assert "min_bucket_reso" in of_sizes((1000, 100))["cropped"].remedy
+    steps = of_sizes((60, 100), bucket_reso_steps=64, min_bucket_reso=64)["cropped"].remedy
+    assert "a smaller bucket_reso_steps (now 64)" in steps
 
 
 def test_buckets_that_do_not_fill_a_batch():
@@ -77,7 +84,8 @@ def test_problems_of_the_scan_become_findings(folder):
     unreadable, missing = found["pictures that cannot be read"], found["pictures without a caption"]
     assert unreadable.severity == missing.severity == "error"
     assert unreadable.title == "pictures that cannot be read: 1" and "0.png" in unreadable.examples[0].text and unreadable.remedy
-    assert brief(found.values())[0].startswith("pictures that cannot be read: 1 (such as ")
+    line = brief(found.values())[0]  # the file and what is wrong with it, once
+    assert line.count("0.png") == 1 and "pictures that cannot be read" not in line and line.endswith(unreadable.remedy)
 
 
 def test_what_settings_leave_out(folder):
@@ -85,7 +93,8 @@ def test_what_settings_leave_out(folder):
     found = found_in(scan_folder(folder, more="skip_image_resolution = 64\nvalidation_split = 0.34"))
     assert found["skip_image_resolution"].title == "1 picture left out because of skip_image_resolution"
     assert found["skip_image_resolution"].examples[0].path.name == "small.png"
-    assert found["validation_split"].title == "2 pictures held out for validation" and found["validation_split"].severity == "note"
+    assert found["validation_split"].title == "2 pictures held out for validation"
+    assert found["validation_split"].severity == "note"
 
 
 def test_copies_are_found_by_their_bytes(folder):
@@ -116,8 +125,6 @@ def test_known_hashes_spare_the_reading(folder):
 
 
 def test_a_folder_in_two_datasets_is_no_copy_of_itself(tmp_path, folder):
-    from tests.unit.data_helpers import SMALL, dataset_file, scan_file
-
     subset = f"[[datasets.subsets]]\nimage_dir = '{folder.as_posix()}'\n"
     text = "".join(f"[[datasets]]\nresolution = {size}\n{SMALL}\n{subset}" for size in (64, 128))
     scan = scan_file(dataset_file(tmp_path, text))
@@ -127,15 +134,49 @@ def test_a_folder_in_two_datasets_is_no_copy_of_itself(tmp_path, folder):
 def test_captions_that_are_too_long(folder):
     long, short = TokenCount("T5", 600, 512, "the end"), TokenCount("T5", 5, 512)
     tokens = [("0.0/0.png", [long, TokenCount("CLIP", 600, 77, "much more")]), ("0.0/1.png", [short, TokenCount("CLIP", 5, 77)])]
-    found = [each for each in gather(scan_folder(folder), None, None, tokens) if each.kind == "too long"]
+    found = [each for each in gather(scan_folder(folder), None, None, Counted(tokens)) if each.kind == "too long"]
     assert [each.severity for each in found] == ["warning", "note"]
     assert found[0].title == "1 caption is longer than the 512 tokens that T5 reads"
     assert found[0].examples[0].text == "0.0/0.png: 600 tokens, lost: “the end”"
-    assert not [each for each in gather(scan_folder(folder), None, None, tokens[1:]) if each.kind == "too long"]
+    assert not [each for each in gather(scan_folder(folder), None, None, Counted(tokens[1:])) if each.kind == "too long"]
+
+
+def test_too_many_to_count_are_not_told_as_all():
+    tokens = [(f"0.0/{index}", [TokenCount("T5", 600, 512)]) for index in range(3)]
+    assert findings.too_long(Counted(tokens, complete=False))[0].title.startswith("3 or more captions are longer than the 512")
+    rest = [*tokens, ("0.0/3", [TokenCount("T5", 500, 512)])]  # a shorter one fits, so those that were left out do
+    assert findings.too_long(Counted(rest, complete=False))[0].title.startswith("3 captions are")
+    assert findings.too_long(Counted(tokens[:1]), "preview prompt")[0].title.startswith("1 preview prompt is longer")
+
+
+def test_the_longest_captions_are_counted(folder):
+    for name, words in {"0": "one two three", "1": "one two three", "2": "one", "3": "one two three four", "4": "x"}.items():
+        (folder / f"{name}.txt").write_text(words, encoding="utf-8")
+    (folder / "5.txt").write_text("one two three four, five", encoding="utf-8")
+
+    def meter(texts):
+        return [[TokenCount("words", len(text.split()), 3)] for text in texts]
+
+    items = scan_folder(folder).items
+    counted = count_longest(items, 1, meter, 3)
+    assert [(sample, count.tokens) for sample, (count,) in counted.samples] == [("0.0/5.png", 5), ("0.0/3.png", 4), ("0.0/0.png", 3)]
+    assert not counted.complete
+    everything = count_longest(items, 1, meter, 100)
+    assert everything.complete and len(everything.samples) == 5, "equal ones are counted once"
+    (folder / "2.txt").write_text("word " * 5000, encoding="utf-8")
+    novel = count_longest(scan_folder(folder).items, 1, meter, 3)
+    assert [sample for sample, _ in novel.samples] == ["0.0/2.png"] and not novel.complete
+
+
+def test_what_a_selection_has_to_say_is_told(tmp_path):
+    picture(tmp_path / "pictures" / "a.png", (128, 128))
+    found = found_in(scan_folder(tmp_path / "pictures", more="validation_split = 0.5"))
+    assert "its only picture is trained on" in found["validation_split"].title and found["validation_split"].severity == "note"
 
 
 def test_the_worst_comes_first_and_the_log_gets_a_line_each():
-    made = [Finding("a", "note", "a note", remedy="rest"), Finding("b", "warning", "a warning", (findings.Example("x.png"),), "mend it"),
+    made = [Finding("a", "note", "a note", remedy="rest"),
+            Finding("b", "warning", "a warning", (findings.Example("x.png"),), "mend it"),
             Finding("c", "error", "an error")]
     assert [each.kind for each in findings.worst_first(made)] == ["c", "b", "a"]
     assert brief(made) == ["a note", "a warning (such as x.png); mend it", "an error"]

@@ -41,7 +41,7 @@ def test_json(folder, tmp_path):
         ("0.0/sub/c.jpg", folder / "sub/c.jpg", "a cat", 1.0, (60, 40)),
         ("0.0/sub/d.jpg", folder / "sub/d.jpg", "two,x, y\nlines,x, y", 1.0, (60, 40))]
     assert {problem.kind for problem in found.problems} == {kinds.NOT_LISTED, kinds.MORE_LINES}
-    assert "1 pictures" in found.warnings()[0] and "not listed.png" in found.warnings()[0]
+    assert "1 pictures" in str(found.problems[0].error) and "not listed.png" in str(found.problems[0].error)
 
 
 def test_jsonl_beside_its_pictures(folder):
@@ -66,7 +66,9 @@ def test_pictures_outside_the_folder(folder, tmp_path):
     ({"image": "a.png", "caption": "a", "loss_weight": float("nan")}, ["loss_weight is nan"]),
     ({"image": "b.png", "caption": "b"}, ["twice", "meta.jsonl:1"]), ({"image": "none.png", "caption": "b"}, ["gone"]),
     ({"image": "none", "caption": "b"}, ["no picture named none in"]),
-    ({"image": "same", "caption": "b"}, ["same.jpg or same.png"]),
+    ({"image": "same", "caption": "b"}, ["same.jpg or same.png"]), ({"image": "a\0.png", "caption": "b"}, ["names no picture"]),
+    ({"image": "a.png", "caption": "half \ud800"}, ["characters that are none"]),
+    ({"image": "a.png", "caption": "a", "mask": 3}, ["mask is not a path"]),
 ])
 def test_bad_records(folder, record, words):
     for name in ("a.png", "b.png", "same.jpg", "same.png"):
@@ -81,7 +83,8 @@ def test_bad_records(folder, record, words):
 @pytest.mark.parametrize("name, content, words", [
     ("meta.json", b"{", "not JSON"), ("meta.json", b"[]", "not an object of pictures"), ("meta.json", b"\xff\xfe{}", "not JSON"),
     ("meta.jsonl", b'{"image": "a.png", "caption": "a"}\n{"image"', ":2: not JSON"), ("meta.json", b"{}", "no pictures in"),
-    ("meta.jsonl", b"\n", "no pictures in")])
+    ("meta.jsonl", b"\n", "no pictures in"), ("meta.json", b"[" * 100_000, "not JSON"),
+    ("meta.json", b'{"a.png": {"caption": "a", "tags": {}}}', "tags is not a text")])
 def test_bad_files(folder, name, content, words):
     picture(folder / "a.png")
     (folder / name).write_bytes(content)
@@ -89,6 +92,21 @@ def test_bad_files(folder, name, content, words):
         scan([dataset_spec(subset_spec(folder, metadata_file=folder / name))]).raise_errors()
     with pytest.raises(UserError, match="cannot be read"):
         scan([dataset_spec(subset_spec(folder, metadata_file=folder / "none.json"))]).raise_errors()
+
+
+def test_a_picture_that_stands_twice_in_one_object(folder):
+    path = picture(folder / "a.png").parent / "m.json"
+    path.write_text('{"a.png": {"caption": "one"}, "a.png": {"caption": "two"}}', encoding="utf-8")
+    found = scan([dataset_spec(subset_spec(metadata_file=path))])
+    assert ["listed twice" in str(problem.error) for problem in found.problems] == [True]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there it is no question")
+def test_names_written_on_windows(folder):
+    picture(folder / "sub" / "a.png")
+    picture(folder / "odd\\name.png")
+    found = listed(folder / "m.jsonl", [{"image_path": name, "caption": "x"} for name in (".\\sub\\a.png", "odd\\name.png")])
+    assert not found.problems and [str(item.path.relative_to(folder)) for item in found.items] == ["odd\\name.png", "sub/a.png"]
 
 
 def test_class_tokens_stand_in(folder):

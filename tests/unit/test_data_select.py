@@ -51,20 +51,20 @@ def test_every_picture_is_in_one_place(items):
     assert (chosen.validation.repeats == 1).all() and (chosen.train.repeats >= 1).all()
     assert not any(each.subset.is_reg for each in chosen.validation)
     for number, spec in enumerate(items.specs):
-        here = [each for each in chosen.train if each.dataset == number]
+        here = [each for each in chosen.train if each.subset.dataset == number]
         training = sum(each.repeats for each in here if not each.subset.is_reg)
         regular = sum(each.repeats for each in here if each.subset.is_reg)
-        usable = sum(each.subset.is_reg and each.dataset == number and (spec.skip_image_resolution is None or
+        usable = sum(each.subset.is_reg and each.subset.dataset == number and (spec.skip_image_resolution is None or
                      each.size[0] * each.size[1] > 66 * 64) for each in items)
         assert training > 0 and regular == (training if usable else 0)
-        for each in (*here, *(each for each in chosen.validation if each.dataset == number)):
+        for each in (*here, *(each for each in chosen.validation if each.subset.dataset == number)):
             assert spec.skip_image_resolution is None or each.size[0] * each.size[1] > 66 * 64
 
 
 def test_nothing_set_changes_nothing():
     items = made_items([made_subset("abc", (64, 64), 2)], [made_subset("ab", (64, 64))])
     chosen = select(items)
-    assert ids(chosen.train) == ids(items) and not len(chosen.validation) and chosen.notes == ()
+    assert ids(chosen.train) == ids(items) and not len(chosen.validation) and chosen.remarks == ()
     assert all(not len(rows) for rows in chosen.dropped.values())
 
 
@@ -73,8 +73,9 @@ def test_nothing_set_changes_nothing():
 def test_size_of_the_hold_out(count, split, held):
     chosen = select(made_items(([made_subset(names(count), (64, 64), 4)], dict(validation_split=split))))
     assert len(chosen.validation) == held and len(chosen.train) == count - held
-    (note,) = chosen.notes
-    assert ("only picture" if count == 1 else f"{held} of {count}") in note
+    assert len(chosen.dropped[HELD_OUT]) == held
+    assert [(each.reason, each.severity, "its only picture is trained on" in each.text) for each in chosen.remarks] == (
+        [(HELD_OUT, "note", True)] if count == 1 else [])
 
 
 def held_out(count=40, left_out=(), split=0.25, **keys):
@@ -96,22 +97,23 @@ def test_each_subset_gives_its_share_and_a_folder_in_two_datasets_the_same_one()
         return [made_subset(names(20), (64, 64), root="/one"), made_subset(names(10, "x"), (64, 64), root="/two")], keys
     keys = dict(validation_split=0.3)
     chosen = select(made_items(dataset(), dataset()))
-    first, second = ({each.path for each in chosen.validation if each.dataset == number} for number in (0, 1))
+    first, second = ({each.path for each in chosen.validation if each.subset.dataset == number} for number in (0, 1))
     assert first == second and len(chosen.validation) == 2 * len(first) == 18
     assert not {each.path for each in chosen.train} & first
-    assert not any("may be trained on" in note for note in chosen.notes)
+    assert chosen.remarks == ()
 
 
 def test_a_folder_that_two_datasets_split_differently_is_named():
     items = made_items(([made_subset(names(20), (64, 64), root="/one")], dict(validation_split=0.3)),
                        [made_subset(names(20), (64, 64), root="/one")])
-    (note,) = [note for note in select(items).notes if "may be trained on" in note]
-    assert note.startswith(f"{Path('/one')}: subsets on this folder differ in validation_split")
+    (remark,) = select(items).remarks
+    assert remark.text.startswith(f"{Path('/one')}: subsets on this folder differ in validation_split")
+    assert (remark.reason, remark.severity) == (HELD_OUT, "warning")
     # Nothing is held out of /two, so its two datasets may differ.
     items = made_items(([made_subset(names(20), (64, 64), root="/one")], dict(validation_split=0.3)),
                        [made_subset(names(20), (64, 64), root="/two")],
                        ([made_subset(names(20), (64, 64), root="/two")], dict(skip_image_resolution=(10, 10))))
-    assert not any("may be trained on" in note for note in select(items).notes)
+    assert select(items).remarks == ()
 
 
 def test_small_pictures_are_left_out_by_area():
@@ -120,8 +122,6 @@ def test_small_pictures_are_left_out_by_area():
     chosen = select(items)
     assert ids(chosen.train) == {"0.0/b": 1, "0.0/d": 1, "1.0/e": 1}
     assert chosen.dropped[SKIPPED].tolist() == [0, 2, 4]
-    (note,) = chosen.notes
-    assert note.startswith("data.toml:0: 3 of 5 pictures are left out") and "skip_image_resolution (64x64)" in note
 
 
 def balance(training, regular, repeats=1, reg_repeats=1):
@@ -143,9 +143,6 @@ def test_regularisation_pictures_are_shown_as_often_as_the_others():
 def test_surplus_regularisation_pictures_are_named():
     repeats, chosen = balance(3, 9)
     assert repeats == [1, 1, 1] and len(chosen.dropped[SURPLUS]) == 6
-    (note,) = chosen.notes
-    assert note.startswith("data.toml:0: 6 of 9 regularisation pictures are not used")
-    assert note.count(".png") == 5 and "..." in note
     assert ids(balance(3, 9)[1].train) == ids(chosen.train)  # always the same ones
     few, more = ({name for name in ids(balance(count, 9)[1].train) if name.startswith("0.1")} for count in (3, 5))
     assert few < more

@@ -1,5 +1,7 @@
 """Settings that exclude each other: captions, masks, augmentation and caches, the held-out part."""
 
+from pathlib import Path
+
 import pytest
 
 from library.config.data_options import CachingOptions, DatasetOptions
@@ -40,6 +42,15 @@ def test_refusals_that_flags_are_part_of(folder):  # noqa: F811
     for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
         assert problems(folder, PLAIN + SUBSET, **{name: 5}) == [
             f"--{name}: there is nothing to validate on; add --validation_split 0.1, or leave it out"]
+
+
+def test_a_cache_dir_needs_something_to_keep_there(folder):  # noqa: F811
+    place = {"cache_dir": Path("cache")}
+    refused, = problems(folder, PLAIN + SUBSET, {**place, "cache_latents": True})
+    assert refused.startswith("--cache_dir: nothing is kept on disk; add --cache_latents_to_disk")
+    for lines, caching, given in (("", {"cache_latents_to_disk": True}, {}), ("cache_info = true", {}, {}), ("", {}, {"cache_info": True})):
+        assert read(folder, f"{PLAIN}{SUBSET}{lines}\n", {**place, **caching}, **given)
+    assert problems(folder, f"{PLAIN}{SUBSET}cache_info = false\n", place, cache_info=True) == [refused]
 
 
 def test_one_shared_mistake_is_told_once(folder):  # noqa: F811

@@ -164,6 +164,16 @@ def test_a_full_disk_is_told_with_the_folder_and_keeps_what_was_sealed(tmp_path,
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_disk_that_fills_up_while_the_last_shard_is_sealed(tmp_path, monkeypatch):
+    def refuse(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shards.ShardBuilder, "finish", refuse)
+    with pytest.raises(UserError, match="no space left"), Store((tmp_path,), "latents").writer() as writer:
+        writer.put(bytes(16), {"x": torch.ones(500)})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EIO])
 def test_a_folder_that_cannot_be_written_can_still_be_read(tmp_path, monkeypatch, number):
     fill(tmp_path, [1])

@@ -9,13 +9,14 @@ import torch
 
 from library.architectures.base import LatentSpec
 from library.config.data_options import CachingOptions
+from library.data import caption
 from library.data.augment import Augment, View
 from library.data.dataset import batches
 from library.data.image import load_view, to_signal
 from library.data.plan import StepPlan
 from library.data.select import select
-from library.data.showing import Course
-from library.encode import CaptionVariants, encode_all, without_padding
+from library.data.showing import EMPTY, Course, show
+from library.encode import Announce, CaptionVariants, encode_all, without_padding
 from library.prompts import Prompt
 from tests.unit.data_helpers import one_folder, picture
 
@@ -56,9 +57,6 @@ class Model:
         mask = torch.arange(LENGTH) < torch.tensor([max(len(words), 1) for words in captions])[:, None]
         letters = torch.tensor([[ord(letter) / 7 for letter in words[:LENGTH].ljust(LENGTH)] for words in captions])
         return {"states": letters[:, :, None].repeat(1, 1, 2) + 1e-4, "mask": mask, "pooled": letters.mean(1, keepdim=True)}
-
-    def truncation_note(self, encoders):
-        return ""
 
 
 @pytest.fixture
@@ -173,8 +171,23 @@ def test_caption_variants_repeat_where_there_are_fewer(selection):
     items = selection.train
     calm = replace(items, specs=tuple(replace(spec, subsets=tuple(replace(
         subset, captions=replace(subset.captions, shuffle=False)) for subset in spec.subsets)) for spec in items.specs))
+    lively = CaptionVariants(items, Course(3, 100, 2))
     texts = CaptionVariants(calm, Course(3, 100, 2))
+    assert len(lively) == 8 and list(lively) == [lively[index] for index in range(8)]
     assert len(texts) == 8 and list(texts) == [texts[index] for index in range(8)] and texts[0] == texts[1]
+
+
+def test_one_text_is_made_at_a_time(selection, monkeypatch):
+    made = []
+    compose = caption._compose
+    monkeypatch.setattr(caption, "_compose", lambda *given: made.append(1) or compose(*given))
+    course = Course(3, 100, 50)
+    assert CaptionVariants(selection.train, course)[49] and len(made) == 1
+    shown = [show(selection.train[0], 0, course, epoch, 0) for epoch in range(20)]
+    assert len(made) == 1 + sum(one.variant != EMPTY for one in shown)
+    assert len(list(CaptionVariants(selection.train, course))) == 200 and len(made) == 201 + sum(one.variant != EMPTY for one in shown)
+    of_first = list(CaptionVariants(selection.train, course))[:50]
+    assert all(one.caption == (of_first[one.variant] if one.variant != EMPTY else "") for one in shown)
 
 
 def test_prompts_are_encoded_and_the_autoencoder_is_kept_for_them(selection, tmp_path):
@@ -188,7 +201,7 @@ def test_prompts_are_encoded_and_the_autoencoder_is_kept_for_them(selection, tmp
 def test_padding_after_the_last_token_is_zero_and_nothing_else():
     mask = torch.tensor([[True, False, True, False], [False] * 4])
     made = without_padding({"states": torch.ones(2, 4, 3), "mask": mask, "other": torch.ones(2)}, {"states": "mask"})
-    assert made["states"][..., 0].tolist() == [[1, 1, 1, 0], [0, 0, 0, 0]] and made["other"].tolist() == [1, 1]
+    assert made["states"][..., 0].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]] and made["other"].tolist() == [1, 1]
     assert numpy.array_equal(made["mask"], mask)
 
 
@@ -198,3 +211,16 @@ def test_flips_are_seen(selection, tmp_path):
     encoded, _ = run(Model(), selection, caching(tmp_path, **IN_MEMORY), 3)
     store, rows = encoded.train.latents.store, encoded.train.latents.rows
     assert not torch.equal(store.read(rows[0, 0])["latents"], store.read(rows[0, 1])["latents"])
+
+
+def test_a_cache_says_what_it_encoded_or_that_all_was_there(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("library.encode.log.info", lambda words, *values: said.append(words % values))
+    Announce("latents").close(12)
+    some = Announce("text outputs")
+    some(3, 5, 2)
+    some(5, 5, 4)
+    some.close(12)
+    first, second = said
+    assert first == "cached latents: all 12 are there already"
+    assert second.startswith("encoded text outputs 4/4, ")

@@ -4,7 +4,6 @@ import errno
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -24,26 +23,36 @@ time.sleep(60)
 """
 
 
+def is_free(path) -> bool:
+    with open(path, "ab") as file:
+        return try_lock(file.fileno())
+
+
 def test_one_at_a_time(tmp_path):
     first, second = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
-    assert first.acquire(0) and not second.acquire(0)
+    first.acquire()
+    assert not is_free(first.path)
     first.release()
     first.release()  # nothing to give back
-    assert second.acquire(0)
-    second.release()
+    with second:
+        assert not is_free(first.path)
+    assert is_free(first.path)
 
 
-def test_waiting_is_announced_once(tmp_path):
-    told = []
-    holder = FileLock(tmp_path / "lock")
-    with holder:
-        later = threading.Timer(0.5, holder.release)
-        later.start()
-        waiter = FileLock(tmp_path / "lock", lambda: told.append(1), patience=0.1)
-        assert waiter.acquire(30)
-    later.join()
-    assert told == [1]
-    waiter.release()
+def test_waiting_is_told_again_and_again_and_lasts_as_long_as_the_holder(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_lock, "FIRST_WORD", 0.1)
+    monkeypatch.setattr(file_lock, "NEXT_WORD", 0.2)
+    holder, told = FileLock(tmp_path / "lock"), []
+
+    def waiting(seconds):
+        told.append(seconds)
+        if len(told) == 3:
+            holder.release()
+
+    holder.acquire()
+    with FileLock(tmp_path / "lock", waiting):
+        assert not is_free(tmp_path / "lock")
+    assert len(told) == 3 and told == sorted(told)
 
 
 def test_a_killed_holder_holds_nothing(tmp_path):
@@ -51,14 +60,13 @@ def test_a_killed_holder_holds_nothing(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline().strip() == b"held"
-        assert not FileLock(path).acquire(0.2)
+        assert not is_free(path)
     finally:
         holder.kill()
         holder.wait()
         holder.stdout.close()
-    mine = FileLock(path)
-    assert mine.acquire(10)
-    mine.release()
+    with FileLock(path):
+        assert not is_free(path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no shared locks")

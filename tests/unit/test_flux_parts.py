@@ -324,8 +324,6 @@ def test_encode_text(encoders):
     encoded = encode_text(clip, t5, tokenizers, captions, 48, apply_mask=False)
     assert encoded["t5"].shape == (3, 48, 64) and encoded["clip_pooled"].shape == (3, 64)
     assert encoded["t5_mask"].dtype == torch.bool and encoded["t5_mask"].sum(1).tolist() == [6, 1, 48]
-    note = tokenizers.truncation_note(48)
-    assert note.startswith("1 captions are longer than 48 T5 tokens") and tokenizers.truncation_note(48) == ""
     # one at a time or together, and what the modules themselves say
     alone = encode_text(clip, t5, tokenizers, captions[:1], 48, apply_mask=False)
     assert torch.allclose(alone["t5"][0], encoded["t5"][0], atol=1e-5)

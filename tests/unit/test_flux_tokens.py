@@ -42,8 +42,8 @@ def test_the_kept_part_is_what_the_encoder_reads(files):
     clip = load_tokenizer(TOKENIZERS["clip_l_tokenizer"], files.clip_l_tokenizer)
     t5 = load_tokenizer(TOKENIZERS["t5xxl_tokenizer"], files.t5xxl_tokenizer)
     text = "the cat and the dog, " * 40
-    for kind, tokenizer, length, count in zip(("T5", "CLIP"), (t5, clip), (20, 77), meter(files, t5xxl_max_token_length=20)([text])[0],
-                                              strict=True):
+    counts = meter(files, t5xxl_max_token_length=20)([text])[0]
+    for kind, tokenizer, length, count in zip(("T5", "CLIP"), (t5, clip), (20, 77), counts, strict=True):
         kept = text.rstrip()[:len(text.rstrip()) - len(count.lost)]
         ids, _ = _tokenise(Tokenizers(clip, t5), kind, [text], length, 10**6)
         assert tokenizer(kept)["input_ids"] == ids[0].tolist()

@@ -28,6 +28,13 @@ def test_messages_go_to_the_file_of_the_first_rank(tmp_path):
     assert log.level == logging.ERROR
 
 
+def test_names_that_are_no_text_reach_the_file(tmp_path):
+    path = tmp_path / "run.log"
+    setup_logging("INFO", path, simple=True, is_main=True)
+    log.info("picture \udcff.png")
+    assert path.read_text(encoding="utf-8") == "picture \\udcff.png\n"
+
+
 def test_step_log_rows_can_be_read_while_the_run_goes_on(tmp_path):
     steps = StepLog(tmp_path / "deeper" / "log.csv")
     steps.write({"step": 1, "loss": 0.5, "unknown": 3})

@@ -66,3 +66,8 @@ def test_further_draws_have_streams_of_their_own():
     assert not (together.normals("offset", 8) == together.normals("strength", 8)).any()
     assert not torch.equal(together.normals("offset", 8), draw(7, 4, ["a", "b"], SHAPE).normals("offset", 8))
     assert not (together.normals("offset", *SHAPE) == together.noise).any()
+
+
+def test_names_that_are_not_utf_8():
+    draws = [draw(1, 0, [f"0.0/{letter}.png"], (1, 2, 2)).noise for letter in ("\udcff", "\udcfe")]
+    assert not torch.equal(*draws)

@@ -1,0 +1,51 @@
+"""When the held-out pictures are measured, and that each of them counts once on any number of ranks."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from library import validation
+from library.data.dataset import TrainingData
+from library.data.plan import StepPlan
+from library.data.showing import Course
+from library.validation import Schedule, Validation
+from tests.unit.data_helpers import one_folder, picture
+
+
+@pytest.mark.parametrize("every_steps, every_epochs, due", [
+    (None, None, [5, 10, 12]), (4, None, [4, 8, 12]), (None, 2, [10, 12]), (4, 2, [4, 8, 10, 12])])
+def test_when_it_is_due(every_steps, every_epochs, due):
+    """Epochs of 5 steps, 12 steps in all."""
+    times = Schedule(every_steps, every_epochs, 12)
+    assert [step for step in range(1, 13) if times.due(step, (step - 1) // 5 + 1, step % 5 == 0)] == due
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_mean_is_over_pictures(tmp_path, monkeypatch, ranks):
+    """Five pictures whose losses are 0 to 4, in batches of two; what keeps a rank busy does not count."""
+    for index in range(5):
+        picture(tmp_path / "pictures" / f"{index}.png", (64, 64), seed=index)
+    items = one_folder(tmp_path / "pictures", subset="loss_weight = 3.0")
+    seen = []
+
+    def losses(arch, denoiser, objective, latents, text, weight, mask, draws):
+        seen.append(float(draws.uniform[0]))
+        return latents.mean((1, 2, 3)) * weight
+
+    def encoded(batch):
+        numbers = [float(sample.split("/")[1][0]) for sample in batch.sample_ids]
+        return torch.tensor(numbers).reshape(-1, 1, 1, 1).expand(-1, 4, 8, 8), {}, None
+
+    monkeypatch.setattr(validation, "training_losses", losses)
+    measured = Validation(TrainingData(items, Course(1, 1, augmented=False)), StepPlan(items, [2], 0, ranks), None)
+    denoiser = torch.nn.Identity()
+    shares = []
+    for rank in range(ranks):
+        runtime = SimpleNamespace(rank=rank, device=torch.device("cpu"), autocast=nullcontext, sum_over_ranks=lambda total: total)
+        task = SimpleNamespace(runtime=runtime, denoiser=denoiser, seed=1, arch=None, objective=None,
+                               encoded=SimpleNamespace(batch=encoded))
+        shares.append(measured.measure(task))
+    assert sum(shares) == pytest.approx((0 + 1 + 2 + 3 + 4) / 5) and denoiser.training
+    assert set(seen) == set(validation.QUANTILES)
