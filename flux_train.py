@@ -4,8 +4,8 @@ import sys
 
 from library.app import main
 from library.architectures.flux_options import DEFAULTS, FluxOptions
-from library.config.parse import Entry
 from library.config.flow_options import FlowOptions
+from library.config.parse import Entry
 
 ENTRY = Entry(
     program="flux_train.py",

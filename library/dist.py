@@ -36,12 +36,13 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def replicate(self, module: nn.Module) -> nn.Module:
-        """DistributedDataParallel around ``module`` when there are several processes, else ``module`` itself."""
-        return self.accelerator.prepare_model(module) if self.world_size > 1 else module
+        """DistributedDataParallel around ``module`` when there are several processes and it trains, else ``module`` itself."""
+        trains = any(parameter.requires_grad for parameter in module.parameters())
+        return self.accelerator.prepare_model(module) if self.world_size > 1 and trains else module
 
     def no_sync(self, module: nn.Module) -> AbstractContextManager:
         """Skip the exchange of gradients: for all but the last micro-batch of a step."""
-        return module.no_sync() if self.world_size > 1 else nullcontext()
+        return module.no_sync() if hasattr(module, "no_sync") else nullcontext()
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(value, reduction="sum") if self.world_size > 1 else value

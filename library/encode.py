@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy
@@ -48,19 +48,30 @@ class Lazy:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a step reads of a batch, on the device: latents (B, C, h, w), text of the encoders that do not train, geometry (B, 6)
+    int64, the mask (B, 1, h, w) in 0..1 or None."""
+
+    latents: torch.Tensor
+    text: Text
+    geometry: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class Encoded:
     """What training reads: the pictures with what is cached of them, the function that encodes the rest of each batch, the
-    encoded preview prompts, and the autoencoder that draws previews (on the CPU where latents are cached).
+    preview prompts, and the autoencoder that draws previews (on the CPU where latents are cached). Text is that of the
+    encoders that do not train.
 
-    ``validation``: the held-out pictures, None when there are none. ``batch`` gives (B, C, h, w) latents, text and the mask
-    (B, 1, h, w) in 0..1 or None, on the device.
+    ``validation``: the held-out pictures, None when there are none.
     """
 
     train: TrainingData
     validation: TrainingData | None
     prompts: Mapping[str, Text]
     vae: nn.Module | None
-    batch: Callable[[Batch], tuple[torch.Tensor, Text, torch.Tensor | None]]
+    batch: Callable[[Batch], Inputs]
 
 
 def encoding_dtype(runtime: Runtime) -> torch.dtype:
@@ -71,15 +82,17 @@ def encoding_dtype(runtime: Runtime) -> torch.dtype:
 
 
 def encode_all(arch: Architecture, runtime: Runtime, caching: CachingOptions, selection: Selection, course: Course,
-               batch_size: int, prompts: Sequence[Prompt], remember: Remember | None = None) -> Encoded:
+               batch_size: int, prompts: Sequence[Prompt], training: Collection[str] = (),
+               remember: Remember | None = None) -> Encoded:
     """Fill the caches that were asked for, encode the preview prompts, and free every model that training does not need.
 
-    ``course.variants`` says in how many variants captions are cached; ``remember`` keeps the content
-    hashes of pictures and masks for the next start.
+    ``course.variants`` says in how many variants captions are cached; ``training`` names the text encoders that train: they
+    are left to the steps; ``remember`` keeps the content hashes of pictures and masks for the next start.
     """
     dtype = encoding_dtype(runtime)
     vae = Lazy(lambda: arch.load_vae(runtime.device, dtype))
-    encoders = Lazy(lambda: arch.load_text_encoders(runtime.device, dtype))
+    names = [name for name in arch.text_encoders if name not in training]
+    encoders = Lazy(lambda: arch.load_text_encoders(names, runtime.device, dtype))
     train = TrainingData(selection.train, course)
     held_out = TrainingData(selection.validation, replace(course, augmented=False)) if len(selection.validation) else None
     parts = [train] if held_out is None else [train, held_out]
@@ -90,13 +103,16 @@ def encode_all(arch: Architecture, runtime: Runtime, caching: CachingOptions, se
     if caching.latents_cached:
         previewer = previewer.to("cpu") if previewer is not None else None
         vae.free()  # before the text encoders come
-    text = _Texts(arch, runtime, caching, encoders, dtype, caching.text_encoder_batch_size or batch_size, selection.train)
-    encoded_prompts = text.of_prompts(prompts) if prompts else {}
-    if caching.text_cached:
-        parts = text.cache(parts)
-        encoders.free()
+    encoded_prompts: Mapping[str, Text] = {words: {} for prompt in prompts for words in (prompt.text, prompt.negative)}
+    if names:
+        text = _Texts(arch, runtime, caching, encoders, arch.text_identity(names, dtype),
+                      caching.text_encoder_batch_size or batch_size, selection.train)
+        encoded_prompts = text.of_prompts(prompts) if prompts else {}
+        if caching.text_cached:
+            parts = text.cache(parts)
+            encoders.free()
     return Encoded(parts[0], parts[1] if held_out is not None else None, encoded_prompts, previewer,
-                   _batch_encoder(arch, runtime.device, vae, encoders))
+                   _batch_encoder(arch, runtime.device, vae, encoders if names else None))
 
 
 def _cache_latents(arch: Architecture, runtime: Runtime, caching: CachingOptions, vae: Lazy, dtype: torch.dtype,
@@ -119,10 +135,10 @@ def _cache_latents(arch: Architecture, runtime: Runtime, caching: CachingOptions
 class _Texts:
     """Encodes texts into one store."""
 
-    def __init__(self, arch: Architecture, runtime: Runtime, caching: CachingOptions, encoders: Lazy, dtype: torch.dtype,
+    def __init__(self, arch: Architecture, runtime: Runtime, caching: CachingOptions, encoders: Lazy, identity: str,
                  batch_size: int, items: Items):
         self.arch, self.runtime, self.encoders = arch, runtime, encoders
-        self.identity, self.batch_size = arch.text_identity(dtype), batch_size
+        self.identity, self.batch_size = identity, batch_size
         places, self.folders = cache_folders(items, caching.cache_dir)
         self.first = int(self.folders[items.listing[0]])  # what belongs to no picture lies with the first one
         self.store = Store(places if caching.cache_text_encoder_outputs_to_disk else (), "text")
@@ -189,6 +205,8 @@ def without_padding(text: Text, trim: Mapping[str, str]) -> dict[str, torch.Tens
     """The padding of trimmed tensors (B, L, ...) is zero, as it is when they come from a cache."""
     result = dict(text)
     for name, mask in trim.items():
+        if name not in text:
+            continue  # of an encoder that trains
         real = text[mask].bool()
         last = real.flip(1).cumsum(1).flip(1) > 0  # up to the last real token
         last[:, 0] = True  # a text without any keeps its first one, as in the cache
@@ -196,15 +214,15 @@ def without_padding(text: Text, trim: Mapping[str, str]) -> dict[str, torch.Tens
     return result
 
 
-def _batch_encoder(arch: Architecture, device: torch.device, vae: Lazy, encoders: Lazy):
-    """See ``Encoded.batch``. What is encoded here is rounded as the cache rounds it, so that a run with caches and one
+def _batch_encoder(arch: Architecture, device: torch.device, vae: Lazy, encoders: Lazy | None):
+    """See ``Encoded.batch``; ``encoders`` None: all of them train. What is encoded here is rounded as the cache rounds it, so that a run with caches and one
     without see the same numbers."""
 
     def on_device(value: torch.Tensor) -> torch.Tensor:
         value = value.to(device, non_blocking=True)
         return value.float() if value.is_floating_point() else value
 
-    def encode(batch: Batch) -> tuple[torch.Tensor, Text, torch.Tensor | None]:
+    def encode(batch: Batch) -> Inputs:
         mask = None if batch.mask is None else on_device(batch.mask)
         with torch.no_grad():
             if batch.latents is not None:
@@ -215,12 +233,13 @@ def _batch_encoder(arch: Architecture, device: torch.device, vae: Lazy, encoders
             if batch.pixel_mask is not None:
                 cells = mask_to_cells(batch.pixel_mask.to(device, non_blocking=True), *latents.shape[2:])
                 mask = mask_to_bytes(cells).float() / 255
+            text: Text = {}
             if batch.text is not None:
                 text = {name: on_device(value) for name, value in batch.text.items()}
-            else:
+            elif encoders is not None:
                 encoded = without_padding(arch.encode_text(encoders.get(), batch.captions), arch.text_trim)
                 text = {name: as_cached(value.to(device)) for name, value in encoded.items()}
-        return latents, text, mask
+        return Inputs(latents, text, batch.geometry.to(device, non_blocking=True), mask)
 
     return encode
 

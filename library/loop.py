@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from library.architectures.base import Architecture
+from library.architectures.base import Architecture, TextEncoders
 from library.data.dataset import Batch, StepMicro, batches
 from library.data.plan import StepPlan
 from library.dist import Runtime, launcher_is_gone
@@ -19,7 +19,7 @@ from library.encode import Encoded
 from library.errors import UserError
 from library.interrupt import StopRequest
 from library.memory.report import peak_bytes
-from library.objectives.flow import Flow
+from library.objectives.base import Objective
 from library.objectives.loss import mean
 from library.objectives.noise import draw
 from library.optim.updater import NonFinite, StepAfterBackward, UpdateInfo
@@ -28,12 +28,13 @@ from library.step import training_losses
 
 @dataclass(frozen=True)
 class Task:
-    """All that a step needs."""
+    """All that a step needs. Modules are as they are called: replicated when there are several processes."""
 
     runtime: Runtime
     arch: Architecture
-    denoiser: nn.Module  # as it is called: replicated when there are several processes
-    objective: Flow
+    denoiser: nn.Module
+    encoders: TextEncoders  # those that train
+    objective: Objective
     updater: StepAfterBackward
     encoded: Encoded
     plan: StepPlan
@@ -42,6 +43,14 @@ class Task:
     total_steps: int
     workers: int
     scaler: torch.amp.GradScaler | None
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return (self.denoiser, *self.encoders.modules.values())
+
+    def text(self, fixed: Mapping[str, torch.Tensor], captions: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        """Everything that is known of ``captions``: what does not change, and what the encoders that train make of them now."""
+        return {**fixed, **self.arch.encode_text(self.encoders, captions)} if self.encoders.modules else fixed
 
 
 @dataclass(frozen=True)
@@ -104,13 +113,17 @@ def _backward(task: Task, batch: Batch, step: int, samples: int, last: bool) -> 
     Each micro-batch counts by its samples, not as one of several equal parts, so that 1x4 and 4x1 give the same step.
     """
     runtime = task.runtime
-    latents, text, mask = task.encoded.batch(batch)
+    given = task.encoded.batch(batch)
     weight = batch.weight.to(runtime.device, non_blocking=True)
     # DistributedDataParallel decides in the forward pass whether this backward exchanges gradients.
-    with nullcontext() if last else runtime.no_sync(task.denoiser):
+    with ExitStack() as stack:
+        for module in () if last else task.modules:
+            stack.enter_context(runtime.no_sync(module))
         with runtime.autocast():
-            draws = draw(task.seed, step, batch.sample_ids, tuple(latents.shape[1:]), latents.device)
-            losses = training_losses(task.arch, task.denoiser, task.objective, latents, text, weight, mask, draws)
+            draws = draw(task.seed, step, batch.sample_ids, tuple(given.latents.shape[1:]), given.latents.device)
+            text = task.arch.vary_text(task.text(given.text, batch.captions), draws)
+            losses = training_losses(task.arch, task.denoiser, task.objective, given.latents, text, given.geometry, weight,
+                                     given.mask, draws)
         # It averages gradients over ranks; the loss is a mean over all their samples, hence the factor.
         total = mean(losses, samples) * runtime.world_size
         (task.scaler.scale(total) if task.scaler is not None else total).backward()

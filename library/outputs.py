@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from library import preview
-from library.architectures.base import Architecture
+from library.architectures.base import DENOISER, Architecture, TextEncoders
 from library.atomic import sweep, write_atomic
 from library.checkpoint.metadata import modelspec, thumbnail_url
 from library.checkpoint.writer import require_room
 from library.config.parse import Config, to_toml
+from library.config.save_formats import SUFFIXES, size_of
 from library.dist import Runtime
 from library.encode import Encoded
 from library.errors import UserError
@@ -26,7 +27,8 @@ from library.loop import StepReport
 from library.optim.updater import NonFinite
 from library.plots import write_loss_curve
 from library.prompts import Prompt
-from library.saving import Saver
+from library.saving import Saver, final_name
+from library.step import evaluating
 from library.trackers import open_tracker, public_settings
 
 STORED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,26 +38,30 @@ class Outputs:
     """Decides after each step what is due and writes it, on the first rank; the others wait. A context manager."""
 
     def __init__(self, config: Config, runtime: Runtime, arch: Architecture, method: ModuleType, denoiser: nn.Module,
-                 encoded: Encoded, prompts: tuple[Prompt, ...], resolution: tuple[int, int], *, total_steps: int,
+                 encoders: TextEncoders, encoded: Encoded, prompts: tuple[Prompt, ...], resolution: tuple[int, int], *, total_steps: int,
                  steps_per_epoch: int, validate: Callable[[StepReport], float | None]):
         self.config, self.runtime, self.arch, self.method = config, runtime, arch, method
-        self.denoiser, self.encoded, self.prompts, self.resolution = denoiser, encoded, prompts, resolution
+        self.denoiser, self.encoders, self.encoded = denoiser, encoders, encoded
+        self.modules: dict[str, nn.Module] = {DENOISER: denoiser, **encoders.modules}
+        self.prompts, self.resolution = prompts, resolution
         self.total_steps, self.steps_per_epoch, self.validate = total_steps, steps_per_epoch, validate
         saving = config.saving
         self.folder: Path = saving.output_dir
         self.name = saving.output_name
+        self.format = saving.save_model_as or arch.save_format
+        suffix = SUFFIXES[self.format]
         self.saver = Saver(
             self.folder, self.name, total_epochs=math.ceil(total_steps / steps_per_epoch), write=self._write,
             every_n_steps=saving.save_every_n_steps, every_n_epochs=saving.save_every_n_epochs,
             n_epoch_ratio=saving.save_n_epoch_ratio, last_n_steps=saving.save_last_n_steps,
-            last_n_epochs=saving.save_last_n_epochs, protected=arch.files(),
+            last_n_epochs=saving.save_last_n_epochs, protected=arch.files(), suffix=suffix,
         )
         self.stored_dtype = STORED[saving.stored_dtype(config.weights_dtype)]
         main = runtime.is_main
         if main:
             # Better now than after a day of training.
-            stored_bytes = self.stored_dtype.itemsize * sum(parameter.numel() for parameter in denoiser.parameters())
-            require_room(self.folder / f"{self.name}.safetensors", stored_bytes)
+            require_room(self.folder / final_name(self.name, suffix),
+                         method.saved_bytes(arch, self.modules, self.stored_dtype, self.format))
             for path in sweep(self.folder, self.name):
                 log.info("removed %s, left half-written by a run that was killed", path)
             write_atomic(self.folder / f"{self.name}_config.toml", to_toml(config))
@@ -164,17 +170,20 @@ class Outputs:
     def _draw(self, step: int) -> None:
         """All previews of one step."""
         vae = self.encoded.vae.to(self.runtime.device)
-        texts = self.encoded.prompts
+
+        def text(words: str) -> dict[str, torch.Tensor]:
+            with self.runtime.autocast():
+                now = self.arch.encode_text(self.encoders, [words]) if self.encoders.modules else {}
+            return {**self.encoded.prompts[words], **now}
 
         def draw(prompt: Prompt, _index: int):
-            return self.arch.sample(self.denoiser, vae, prompt, texts[prompt.text], texts[prompt.negative],
+            return self.arch.sample(self.denoiser, vae, prompt, text(prompt.text), text(prompt.negative),
                                     self.runtime.compute_dtype)
 
-        self.denoiser.eval()
         try:
-            rendered = preview.render_all(self.prompts, draw, self.folder / "sample", self.name, step)
+            with evaluating(self.modules.values()):
+                rendered = preview.render_all(self.prompts, draw, self.folder / "sample", self.name, step)
         finally:
-            self.denoiser.train()
             if self.encoded.train.latents is not None:
                 vae.to("cpu")  # its device memory belongs to training again
         self.tracker.picture(step, rendered.sheet)
@@ -193,5 +202,5 @@ class Outputs:
                 merged_from=fields.metadata_merged_from, trigger_phrase=fields.metadata_trigger_phrase,
                 extra={"ss_steps": str(info["step"]), "ss_epoch": str(info["epoch"])},
             )
-        self.method.export(self.arch, self.denoiser, path, self.stored_dtype, metadata)
-        log.info("saved %s (%.2f GB in %.1f s)", path, path.stat().st_size / 1e9, time.monotonic() - started)
+        self.method.export(self.arch, self.modules, path, self.stored_dtype, metadata, self.format)
+        log.info("saved %s (%.2f GB in %.1f s)", path, size_of(path) / 1e9, time.monotonic() - started)

@@ -23,7 +23,7 @@ class Prompt:
     """One preview picture to render: ``width`` and ``height`` in pixels, ``steps`` of the sampler.
 
     ``cfg`` is the scale of true classifier-free guidance (1 = off: the negative prompt is not used), ``guidance`` the
-    number that guidance-distilled models take as an input. ``place`` says where the prompt stands, for messages.
+    number that guidance-distilled models take as an input; ``sampler`` is empty where the model has only one. ``place`` says where the prompt stands, for messages.
     """
 
     text: str
@@ -34,6 +34,7 @@ class Prompt:
     steps: int = 20
     cfg: float = 1.0
     guidance: float = 1.0
+    sampler: str = ""
     place: str = ""
 
 
@@ -54,7 +55,8 @@ MAX_SEED = 2**63 - 1
 class _Option:
     """One option: ``short`` stands in a prompt line (``--w 512``), ``key`` in TOML and JSON; ``field`` of ``Prompt``.
 
-    Without a field it changes nothing (``reason`` says why), or is refused when ``refused``.
+    Without a field it changes nothing (``reason`` says why), or is refused when ``refused``. One with both changes nothing
+    where the architecture offers no choice.
     """
 
     short: str
@@ -75,7 +77,7 @@ _OPTIONS = (
     _Option("s", "sample_steps", "steps", int, 1, MAX_STEPS),
     _Option("l", "scale", "cfg", float),
     _Option("g", "guidance_scale", "guidance", float),
-    _Option("ss", "sample_sampler", reason="previews always use the sampler of the architecture"),
+    _Option("ss", "sample_sampler", "sampler", reason="previews always use the sampler of the architecture"),
     _Option("ctr", "cfg_trunc_ratio", reason="guidance is never cut off early here"),
     _Option("rcfg", "renorm_cfg", reason="guidance is not renormalised here"),
     _Option("fs", "flow_shift", reason="the sampler takes its shift from the architecture"),
@@ -102,8 +104,9 @@ _KEYS = ("prompt", *(option.key for option in _OPTIONS if option.field))
 _OPTION_START = re.compile(r"(?:^|(?<=\s))--(?=[A-Za-z])")
 
 
-def parse_prompts(path: Path, pixel_step: int, defaults: Prompt = Prompt("")) -> ParsedPrompts:
-    """Read ``path`` (.txt, .toml or .json); what a prompt leaves out comes from ``defaults`` (the architecture's).
+def parse_prompts(path: Path, pixel_step: int, defaults: Prompt = Prompt(""), samplers: Sequence[str] = ()) -> ParsedPrompts:
+    """Read ``path`` (.txt, .toml or .json); what a prompt leaves out comes from ``defaults`` (the architecture's), and its
+    sampler is one of ``samplers``, where there is a choice.
 
     Sides that are no multiple of ``pixel_step`` (pixels) are rounded to the nearest one and noted. Raises UserError,
     all mistakes together, each with file and line.
@@ -117,7 +120,7 @@ def parse_prompts(path: Path, pixel_step: int, defaults: Prompt = Prompt("")) ->
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"the prompt file {path} {state}", remedy="correct --sample_prompts")
-    builder = _Builder(path, pixel_step, defaults)
+    builder = _Builder(path, pixel_step, defaults, samplers)
     reader(path, builder)
     raise_all(builder.errors)
     if not builder.prompts:
@@ -138,8 +141,8 @@ def with_seeds(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
 class _Builder:
     """Turns options and their values into prompts; gathers mistakes and notes on the way."""
 
-    def __init__(self, path: Path, pixel_step: int, defaults: Prompt):
-        self.path, self.pixel_step, self.defaults = path, pixel_step, defaults
+    def __init__(self, path: Path, pixel_step: int, defaults: Prompt, samplers: Sequence[str]):
+        self.path, self.pixel_step, self.defaults, self.samplers = path, pixel_step, defaults, samplers
         self.prompts: list[Prompt] = []
         self.errors: list[UserError] = []
         self.notes: list[str] = []
@@ -158,8 +161,11 @@ class _Builder:
         for option, name, value, value_line in given:
             if option.refused:
                 self.fail(value_line, f"{name}: {option.reason}", f"remove {name}")
-            elif not option.field:
+            elif not option.field or (option.field == "sampler" and not self.samplers):
                 self._note_inert(value_line, option, name)
+            elif option.field == "sampler" and value not in self.samplers:
+                guess = nearest(str(value), self.samplers)
+                self.fail(value_line, f"{name}: there is no sampler {value!r}", f"{guess} known are {', '.join(self.samplers)}".strip())
             else:
                 try:
                     fields[option.field] = _convert(option, name, value)

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.architectures.base import NO_ENCODERS, TextEncoders
 from library.checkpoint.metadata import thumbnail_url
 from library.config.parse import Config, Entry
+from library.config.save_formats import SUFFIXES
 from library.data import findings, scan, select, spec
 from library.data import plan as plans
 from library.data.items import Items
@@ -89,11 +91,13 @@ def run(entry: Entry, config: Config) -> None:
         captions, prompts = count_tokens(entry, config, data)
         tell(findings.gather(data.scan, data.selection, plan, captions) + findings.too_long(prompts, "preview prompt"))
     rates = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
-    encoded = encode(config, data, arch, runtime, total_steps)
+    training = tuple(arch.encoder_rates(optimizer.learning_rate))
+    encoded = encode(config, data, arch, runtime, total_steps, training)
     denoiser = arch.load_denoiser(runtime.device, weights_dtype(config))
-    groups = method.prepare(denoiser, optimizer.learning_rate)
-    task = build_task(config, runtime, arch, denoiser, groups, encoded, plan, rates, total_steps)
-    with Outputs(config, runtime, arch, method, denoiser, encoded, data.prompts, data.resolution,
+    encoders = arch.load_text_encoders(training, runtime.device, weights_dtype(config)) if training else NO_ENCODERS
+    groups = method.prepare(arch, denoiser, encoders, optimizer.learning_rate)
+    task = build_task(config, runtime, arch, denoiser, encoders, groups, encoded, plan, rates, total_steps)
+    with Outputs(config, runtime, arch, method, denoiser, encoders, encoded, data.prompts, data.resolution,
                  total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch,
                  validate=build_validation(config, runtime, data, task)) as outputs:
         log.info("ready after %.1f s; steps in all: %d", time.monotonic() - started, total_steps)
@@ -159,7 +163,8 @@ def fill_caches(entry: Entry, config: Config) -> None:
     if runtime.is_main:
         tell(findings.too_long(count_tokens(entry, config, replace(data, prompts=()))[0]))
     kept = replace(config.caching, cache_latents=False, cache_text_encoder_outputs=False)  # these two alone keep it in memory
-    encode(replace(config, caching=kept), replace(data, prompts=()), arch, runtime, config.training.max_train_steps)
+    encode(replace(config, caching=kept), replace(data, prompts=()), arch, runtime, config.training.max_train_steps,
+           tuple(arch.encoder_rates(config.optimizer.learning_rate)))
     runtime.close()
 
 
@@ -177,10 +182,11 @@ def open_inputs(entry: Entry, config: Config) -> tuple[DataPlan, Architecture]:
     data = read_data(config, also=[lambda: table.find(optimizer.optimizer_type), lambda: _check_thumbnail(config),
                                    lambda: tracker_arguments(config.logging.log_tracker_config)])
     table.check(optimizer.optimizer_type, optimizer.optimizer_args)  # tries it out, which takes torch
-    arch = architecture_of(entry).open_architecture(config.model, config.architecture)
+    arch = architecture_of(entry).open_architecture(config.model, config.architecture, config.objective)
     for line in arch.describe().splitlines():
         log.info(line)
-    for path in endangered(config.saving.output_dir, config.saving.output_name, arch.files()):
+    suffix = SUFFIXES[config.saving.save_model_as or arch.save_format]
+    for path in endangered(config.saving.output_dir, config.saving.output_name, arch.files(), suffix):
         raise UserError(f"this run would write over {path}, which it reads", place=config.place("output_name"),
                         remedy="choose another --output_name or --output_dir")
     return data, arch
@@ -195,12 +201,13 @@ def join(config: Config, data: DataPlan) -> Runtime:
     return runtime
 
 
-def encode(config: Config, data: DataPlan, arch: Architecture, runtime: Runtime, total_steps: int) -> Encoded:
-    """Fill the caches that were asked for; what is not cached is encoded for each batch."""
+def encode(config: Config, data: DataPlan, arch: Architecture, runtime: Runtime, total_steps: int,
+           training: Sequence[str]) -> Encoded:
+    """Fill the caches that were asked for; what is not cached is encoded for each batch. ``training``: encoders that train."""
     from library.encode import encode_all
 
     course = Course(config.general.seed, total_steps, config.caching.variants, data.specs[0].prior_loss_weight)
-    return encode_all(arch, runtime, config.caching, data.selection, course, max(data.batch_sizes), data.prompts,
+    return encode_all(arch, runtime, config.caching, data.selection, course, max(data.batch_sizes), data.prompts, training,
                       remember=data.scan.remember)
 
 
@@ -216,7 +223,8 @@ def read_data(config: Config, also: Sequence[Callable[[], object]] = ()) -> Data
     def read_prompts() -> tuple[Prompt, ...]:
         if config.sampling.sample_prompts is None or not config.sampling.scheduled:
             return ()
-        parsed = parse_prompts(config.sampling.sample_prompts, step, config.architecture.preview)
+        parsed = parse_prompts(config.sampling.sample_prompts, step, config.architecture.preview,
+                               getattr(config.architecture, "samplers", ()))
         for note in parsed.notes:
             log.info(note)
         return with_seeds(parsed.prompts)
@@ -264,25 +272,27 @@ def weights_dtype(config: Config) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.weights_dtype]
 
 
-def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: torch.nn.Module, groups: list[Group],
-               encoded: Encoded, plan: plans.StepPlan, rates: schedule.Schedule, total_steps: int) -> Task:
-    """Recompute, optimizer and objective around the loaded denoiser: all that a step needs."""
+def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: torch.nn.Module, encoders: TextEncoders,
+               groups: list[Group], encoded: Encoded, plan: plans.StepPlan, rates: schedule.Schedule, total_steps: int) -> Task:
+    """Recompute, optimizer and objective around the loaded modules: all that a step needs. ``encoders``: those that train."""
     import torch
 
     from library.loop import Task
     from library.memory.recompute import Recompute
-    from library.objectives.flow import Flow
     from library.optim import rounding, updater
     from library.optim.groups import assert_partition
 
     options, seed = config.optimizer, config.general.seed
-    assert_partition(groups, denoiser.named_parameters())
+    trained = {"": denoiser, **encoders.modules}
+    assert_partition(groups, ((f"{prefix}.{name}", parameter) for prefix, module in trained.items()
+                              for name, parameter in module.named_parameters()))
     for group in groups:
         log.info("training %s: %.1f M parameters in %s, learning rate %g", group.name,
                  sum(p.numel() for _, p in group.params) / 1e6, str(group.params[0][1].dtype).removeprefix("torch."),
                  group.learning_rate)
     if config.memory.gradient_checkpointing:
-        Recompute(arch.blocks(denoiser))
+        Recompute([*arch.blocks(denoiser),
+                   *(block for name, encoder in encoders.modules.items() for block in arch.text_blocks(name, encoder))])
     rounded = rounding.StochasticRounding(groups, seed) if weights_dtype(config) is torch.bfloat16 else None
     stepped = rounded.groups if rounded else groups
     optimizer = table.build(options.optimizer_type, options.optimizer_args, stepped, options.learning_rate)
@@ -290,7 +300,8 @@ def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: t
         runtime=runtime,
         arch=arch,
         denoiser=runtime.replicate(denoiser),
-        objective=Flow(config.objective),
+        encoders=replace(encoders, modules={name: runtime.replicate(module) for name, module in encoders.modules.items()}),
+        objective=arch.objective(config.loss),
         updater=updater.StepAfterBackward(optimizer, groups, rates, options.max_grad_norm, rounded),
         encoded=encoded,
         plan=plan,

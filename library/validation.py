@@ -7,7 +7,7 @@ quantiles of the training density each time, with noise that depends on the seed
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,7 +15,7 @@ from library.data.dataset import Batch, TrainingData, batches
 from library.data.plan import StepPlan
 from library.loop import Task
 from library.objectives.noise import Draws, draw
-from library.step import training_losses
+from library.step import evaluating, training_losses
 
 QUANTILES = (0.125, 0.375, 0.625, 0.875)  # of the density of levels: the middles of four equal parts
 _STEP = 0  # noise is drawn as if for this step, whenever it is measured
@@ -47,32 +47,31 @@ class Validation:
 
     def measure(self, task: Task) -> float:
         """The mean loss over pictures and quantiles, the same on every rank; weights of the dataset file are left out."""
-        runtime, denoiser = task.runtime, task.denoiser
+        runtime = task.runtime
         stop = self.plan.steps_per_epoch if self.max_steps is None else min(self.max_steps, self.plan.steps_per_epoch)
         total, count = torch.zeros((), dtype=torch.float64), 0
-        was_training = denoiser.training
-        denoiser.eval()
-        try:
-            with torch.no_grad(), closing(batches(self.data, self.plan, runtime.rank, 0, stop, workers=0)) as steps:
-                for group in steps:
-                    for batch in group.micro:
-                        total += _batch_loss(task, batch)
-                    count += group.real_samples
-        finally:
-            denoiser.train(was_training)
+        steps = batches(self.data, self.plan, runtime.rank, 0, stop, workers=0)
+        with torch.no_grad(), evaluating(task.modules), closing(steps):
+            for group in steps:
+                for batch in group.micro:
+                    total += _batch_loss(task, batch)
+                count += group.real_samples
         # float32 is what every device can add up; the sum over ranks is of a few thousand losses
         return float(runtime.sum_over_ranks(total.float().to(runtime.device)).item()) / count / len(QUANTILES)
 
 
 def _batch_loss(task: Task, batch: Batch) -> torch.Tensor:
     """Sum of the losses of one batch at all quantiles, a scalar on the CPU."""
-    latents, text, mask = task.encoded.batch(batch)
-    real = (batch.weight != 0).to(latents)  # 0 for a batch that only keeps a rank busy
-    drawn = draw(task.seed, _STEP, batch.sample_ids, tuple(latents.shape[1:]), latents.device)
+    given = task.encoded.batch(batch)
+    real = (batch.weight != 0).to(given.latents)  # 0 for a batch that only keeps a rank busy
+    drawn = draw(task.seed, _STEP, batch.sample_ids, tuple(given.latents.shape[1:]), given.latents.device)
     total = torch.zeros((), dtype=torch.float64)
+    with task.runtime.autocast():
+        text = task.text(given.text, batch.captions)
     for quantile in QUANTILES:
         with task.runtime.autocast():
-            losses = training_losses(task.arch, task.denoiser, task.objective, latents, text, real, mask, _at(drawn, quantile))
+            losses = training_losses(task.arch, task.denoiser, task.objective, given.latents, text, given.geometry, real,
+                                     given.mask, _at(drawn, quantile))
         total += losses.double().sum().cpu()
     return total
 
@@ -80,4 +79,4 @@ def _batch_loss(task: Task, batch: Batch) -> torch.Tensor:
 def _at(drawn: Draws, quantile: float) -> Draws:
     """The same noise with the level that lies at ``quantile`` of the density."""
     uniform = torch.full_like(drawn.uniform, quantile)
-    return Draws(drawn.noise, uniform, torch.special.ndtri(uniform))
+    return replace(drawn, uniform=uniform, normal=torch.special.ndtri(uniform))

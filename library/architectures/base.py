@@ -57,6 +57,9 @@ class TextEncoders:
     tokenizers: Any
 
 
+NO_ENCODERS = TextEncoders({}, None)
+
+
 @dataclass(frozen=True)
 class NpzLayout:
     """Latents that another trainer left beside the pictures, for ``tools/cache.py import`` (an architecture's options have it

@@ -16,11 +16,10 @@ ROOM = CONTEXT - 2
 
 @dataclass(frozen=True)
 class Chunks:
-    """``ids`` (B, n, 77) int64 and ``weights`` (B, n, 77) float32 on the CPU; ``truncated``: captions that did not fit."""
+    """``ids`` (B, n, 77) int64 and ``weights`` (B, n, 77) float32 on the CPU."""
 
     ids: torch.Tensor
     weights: torch.Tensor
-    truncated: int
 
 
 def chunk(tokenizer: Any, captions: Sequence[str], count: int, pad: int, weighted: bool) -> Chunks:
@@ -32,17 +31,15 @@ def chunk(tokenizer: Any, captions: Sequence[str], count: int, pad: int, weighte
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = torch.full((len(captions), count, CONTEXT), pad, dtype=torch.int64)
     weights = torch.ones(len(captions), count, CONTEXT)
-    truncated = 0
     for row, caption in enumerate(captions):
         tokens, values = _tokens(tokenizer, caption, weighted)
-        truncated += len(tokens) > count * ROOM
         for index in range(count):
             part = slice(index * ROOM, (index + 1) * ROOM)
             inside = tokens[part]
             line = [begin, *inside, end]
             ids[row, index, :len(line)] = torch.tensor(line)
             weights[row, index, 1:1 + len(inside)] = torch.tensor(values[part])
-    return Chunks(ids, weights, truncated)
+    return Chunks(ids, weights)
 
 
 def _tokens(tokenizer: Any, caption: str, weighted: bool) -> tuple[list[int], list[float]]:

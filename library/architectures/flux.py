@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from library.architectures.base import TextEncoders
+from library.architectures.base import DENOISER, TextEncoders
 from library.architectures.clip import load_clip
 from library.architectures.flux_call import keep_time_exact, predict
 from library.architectures.flux_models import load_t5, load_transformer, load_vae
@@ -25,14 +25,19 @@ from library.architectures.flux_text import Tokenizers, encode_text
 from library.architectures.flux_tokens import read_token_meter
 from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
 from library.architectures.vae import encode_image
-from library.checkpoint.export import carry, export_module
+from library.checkpoint.export import Export, carry, export_module
 from library.checkpoint.flux_keys import TRANSFORMER
 from library.checkpoint.keymap import module_shapes
 from library.checkpoint.metadata import HASH_KEY
-from library.checkpoint.writer import write_safetensors
+from library.checkpoint.writer import file_bytes, write_safetensors
+from library.config.flow_options import FlowOptions
+from library.config.loss_options import LossOptions
 from library.config.schema import ModelOptions
 from library.data.tokens import TokenMeter
 from library.errors import UserError
+from library.objectives.flow import Flow
+from library.objectives.noise import Draws
+from library.optim.groups import Group
 from library.prompts import Prompt
 
 T5_TOKENS = {"dev": 512, "schnell": 256}  # the context lengths of the two releases
@@ -42,9 +47,11 @@ class Flux:
     """The adapter of one run. Construction reads headers only and refuses wrong, missing or unsupported files at once."""
 
     latent = FluxOptions.latent
+    text_encoders = ("clip", "t5")
+    save_format = "safetensors"
 
-    def __init__(self, model: ModelOptions, options: FluxOptions):
-        self.options = options
+    def __init__(self, model: ModelOptions, options: FluxOptions, objective: FlowOptions):
+        self.options, self.objective_options = options, objective
         self.parts = open_parts(
             str(model.pretrained_model_name_or_path), ae=options.ae, clip_l=options.clip_l, t5xxl=options.t5xxl,
             clip_l_tokenizer=options.clip_l_tokenizer, t5xxl_tokenizer=options.t5xxl_tokenizer,
@@ -63,19 +70,26 @@ class Flux:
     def describe(self) -> str:
         return self.parts.summary()
 
+    def objective(self, loss: LossOptions) -> Flow:
+        return Flow(self.objective_options, loss)
+
+    def encoder_rates(self, learning_rate: float) -> Mapping[str, float]:
+        return {}
+
     def vae_identity(self, dtype: torch.dtype) -> str:
         return f"{self.parts.ae.identity()}/{dtype}/posterior-mean"
 
-    def text_identity(self, dtype: torch.dtype) -> str:
-        encoders = [self.parts.clip_l.identity(), self.parts.t5xxl.identity()]
-        tokenizers = [tokenizer_identity(folder) for folder in (self.parts.clip_l_tokenizer, self.parts.t5xxl_tokenizer)]
-        return "/".join([*encoders, *tokenizers, str(dtype), str(self.text_tokens), f"masked={self.options.apply_t5_attn_mask}"])
+    def text_identity(self, names: Sequence[str], dtype: torch.dtype) -> str:
+        files = {"clip": (self.parts.clip_l, self.parts.clip_l_tokenizer), "t5": (self.parts.t5xxl, self.parts.t5xxl_tokenizer)}
+        encoders = [f"{name}={files[name][0].identity()}/{tokenizer_identity(files[name][1])}" for name in names]
+        return "/".join([*encoders, str(dtype), str(self.text_tokens), f"masked={self.options.apply_t5_attn_mask}"])
 
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return load_vae(self.parts.ae, dtype, device)
 
-    def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> TextEncoders:
-        modules = {"clip": load_clip(self.parts.clip_l, dtype, device), "t5": load_t5(self.parts.t5xxl, dtype, device)}
+    def load_text_encoders(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> TextEncoders:
+        load = {"clip": lambda: load_clip(self.parts.clip_l, dtype, device), "t5": lambda: load_t5(self.parts.t5xxl, dtype, device)}
+        modules = {name: load[name]() for name in names}
         tokenizers = Tokenizers(load_tokenizer(TOKENIZERS["clip_l_tokenizer"], self.parts.clip_l_tokenizer),
                                 load_tokenizer(TOKENIZERS["t5xxl_tokenizer"], self.parts.t5xxl_tokenizer))
         return TextEncoders(modules, tokenizers)
@@ -89,37 +103,54 @@ class Flux:
         return encode_image(vae, pixels)
 
     def encode_text(self, encoders: TextEncoders, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        return encode_text(encoders.modules["clip"], encoders.modules["t5"], encoders.tokenizers, captions,
-                           self.text_tokens, self.options.apply_t5_attn_mask)
+        return encode_text(encoders.modules, encoders.tokenizers, captions, self.text_tokens, self.options.apply_t5_attn_mask)
 
-    def predict(self, denoiser: nn.Module, x_t: torch.Tensor, level: torch.Tensor,
-                text: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def vary_text(self, text: Mapping[str, torch.Tensor], draws: Draws) -> Mapping[str, torch.Tensor]:
+        return text
+
+    def predict(self, denoiser: nn.Module, x_t: torch.Tensor, level: torch.Tensor, text: Mapping[str, torch.Tensor],
+                geometry: torch.Tensor) -> torch.Tensor:
         return predict(denoiser, x_t, level, text, self.options.guidance_scale, self.options.apply_t5_attn_mask)
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         return [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks]
+
+    def text_blocks(self, name: str, encoder: nn.Module) -> list[nn.Module]:
+        raise AssertionError(f"{name} does not train")
+
+    def groups(self, denoiser: nn.Module, encoders: TextEncoders, learning_rate: float) -> list[Group]:
+        denoiser.requires_grad_(True)
+        return [Group(DENOISER, tuple(denoiser.named_parameters()), learning_rate)]
 
     def sample(self, denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
                negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> Image.Image:
         return sample(denoiser, vae, prompt, positive, negative, compute_dtype, self.file.variant == "schnell",
                       self.options.apply_t5_attn_mask)
 
-    def export(self, denoiser: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+    def export(self, modules: Mapping[str, nn.Module], path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str],
+               save_format: str) -> None:
+        tensors = self._tensors(modules[DENOISER], dtype)
+        write_safetensors(path, tensors.entries, tensors.get, metadata, add_hash_key=HASH_KEY if metadata else None)
+
+    def saved_bytes(self, modules: Mapping[str, nn.Module], dtype: torch.dtype | None, save_format: str) -> int:
+        return file_bytes(self._tensors(modules[DENOISER], dtype).entries)
+
+    def _tensors(self, denoiser: nn.Module, dtype: torch.dtype | None) -> Export:
         """The names of the original release, with the prefix of the input; an all-in-one file keeps its other parts."""
         bound = TRANSFORMER.bind(module_shapes(denoiser))
         order = self.file.source.layout_order if self.file.layout == "bfl" else ()
         tensors = export_module(denoiser, bound, dtype=dtype, prefix=self.file.prefix, order=order)
         if self.file.extras:
             tensors = (tensors + carry(self.file.whole, self.file.extras)).in_order(self.file.whole.layout_order)
-        write_safetensors(path, tensors.entries, tensors.get, metadata, add_hash_key=HASH_KEY if metadata else None)
+        return tensors
 
     def modelspec(self) -> Mapping[str, str]:
         return {"architecture": f"flux-1-{self.file.variant}", "implementation": "https://github.com/black-forest-labs/flux"}
 
 
-def open_architecture(model: ModelOptions, options: FluxOptions) -> Flux:
+def open_architecture(model: ModelOptions, options: FluxOptions, objective: FlowOptions) -> Flux:
     """What ``run.py`` calls: the adapter of this module."""
-    return Flux(model, options)
+    return Flux(model, options, objective)
 
 
 def open_token_meter(model: ModelOptions, options: FluxOptions) -> TokenMeter:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from library.architectures import sdxl_call, sdxl_text
-from library.architectures.base import TextEncoders
+from library.architectures.base import DENOISER, TextEncoders
 from library.architectures.sdxl_export import save, saved_bytes
 from library.architectures.sdxl_models import load_clip_g, load_clip_l, load_unet, load_vae
 from library.architectures.sdxl_options import SdxlOptions
@@ -27,9 +27,12 @@ from library.architectures.sdxl_tokens import read_token_meter
 from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
 from library.architectures.vae import encode_image
 from library.config.ddpm_options import DdpmOptions
+from library.config.loss_options import LossOptions
 from library.config.schema import ModelOptions
 from library.data.tokens import TokenMeter
 from library.errors import UserError
+from library.objectives.ddpm import Ddpm
+from library.objectives.noise import Draws
 from library.optim.groups import Group
 from library.prompts import Prompt
 
@@ -39,12 +42,16 @@ class Sdxl:
 
     latent = SdxlOptions.latent
     text_trim: Mapping[str, str] = {}  # the U-Net attends to padding
+    text_encoders = sdxl_text.NAMES
 
-    def __init__(self, model: ModelOptions, options: SdxlOptions):
+    def __init__(self, model: ModelOptions, options: SdxlOptions, objective: DdpmOptions):
         self.options = options
         self.parts = open_parts(str(model.pretrained_model_name_or_path), vae=options.vae,
                                 tokenizer_cache_dir=options.tokenizer_cache_dir)
         self.file = self.parts.unet
+        self.objective_options = self._in_force(objective)
+        # as the input, but no pickles
+        self.save_format = "safetensors" if self.file.layout == "ldm" else "diffusers_safetensors"
 
     def files(self) -> frozenset[Path]:
         parts = (self.file.whole, self.parts.clip_l, self.parts.clip_g, self.parts.vae)
@@ -53,7 +60,13 @@ class Sdxl:
     def describe(self) -> str:
         return self.parts.summary()
 
-    def objective_options(self, options: DdpmOptions) -> DdpmOptions:
+    def objective(self, loss: LossOptions) -> Ddpm:
+        return Ddpm(self.objective_options, loss)
+
+    def encoder_rates(self, learning_rate: float) -> Mapping[str, float]:
+        return self.options.encoder_rates(learning_rate)
+
+    def _in_force(self, options: DdpmOptions) -> DdpmOptions:
         """``options`` with what the checkpoint says of itself: velocity prediction and zero terminal SNR go together with it.
 
         UserError for a setting that belongs to the other kind of prediction.
@@ -74,18 +87,18 @@ class Sdxl:
     def vae_identity(self, dtype: torch.dtype) -> str:
         return f"{self.parts.vae.identity()}/{self._vae_dtype(dtype)}/posterior-mean"
 
-    def text_identity(self, dtype: torch.dtype) -> str:
-        encoders = [self.parts.clip_l.identity(), self.parts.clip_g.identity()]
-        tokenizers = [tokenizer_identity(folder) for folder in (self.parts.tokenizer, self.parts.tokenizer_2)]
-        return "/".join([*encoders, *tokenizers, str(dtype), str(self.options.max_token_length),
-                         f"weighted={self.options.weighted_captions}"])
+    def text_identity(self, names: Sequence[str], dtype: torch.dtype) -> str:
+        files = {"clip_l": (self.parts.clip_l, self.parts.tokenizer), "clip_g": (self.parts.clip_g, self.parts.tokenizer_2)}
+        encoders = [f"{name}={files[name][0].identity()}/{tokenizer_identity(files[name][1])}" for name in names]
+        return "/".join([*encoders, str(dtype), str(self.options.max_token_length), f"weighted={self.options.weighted_captions}"])
 
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return load_vae(self.parts.vae, self._vae_dtype(dtype), device)
 
-    def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> TextEncoders:
-        modules = {"clip_l": load_clip_l(self.parts.clip_l, dtype, device),
-                   "clip_g": load_clip_g(self.parts.clip_g, dtype, device)}
+    def load_text_encoders(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> TextEncoders:
+        load = {"clip_l": lambda: load_clip_l(self.parts.clip_l, dtype, device),
+                "clip_g": lambda: load_clip_g(self.parts.clip_g, dtype, device)}
+        modules = {name: load[name]() for name in names}
         return TextEncoders(modules, sdxl_text.Tokenizers(load_tokenizer(TOKENIZER, self.parts.tokenizer),
                                                           load_tokenizer(TOKENIZER_2, self.parts.tokenizer_2)))
 
@@ -96,12 +109,11 @@ class Sdxl:
         return encode_image(vae, pixels)
 
     def encode_text(self, encoders: TextEncoders, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """``hidden`` (B, L, D) and ``pooled`` (B, P); gradients flow into encoders whose parameters require them."""
-        return sdxl_text.encode_text(encoders.modules["clip_l"], encoders.modules["clip_g"], encoders.tokenizers, captions,
-                                     self.options.chunks, self.options.weighted_captions)
+        return sdxl_text.encode_text(encoders.modules, encoders.tokenizers, captions, self.options.chunks,
+                                     self.options.weighted_captions)
 
-    def truncation_note(self, encoders: TextEncoders) -> str:
-        return encoders.tokenizers.truncation_note(self.options.chunks)
+    def vary_text(self, text: Mapping[str, torch.Tensor], draws: Draws) -> Mapping[str, torch.Tensor]:
+        return text
 
     def predict(self, denoiser: nn.Module, x_t: torch.Tensor, level: torch.Tensor, text: Mapping[str, torch.Tensor],
                 geometry: torch.Tensor) -> torch.Tensor:
@@ -110,12 +122,10 @@ class Sdxl:
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         return sdxl_call.blocks(denoiser)
 
-    def text_blocks(self, encoders: TextEncoders) -> list[nn.Module]:
-        """The layers of the encoders that train, in the order they run."""
-        training = [module for module in encoders.modules.values() if any(p.requires_grad for p in module.parameters())]
-        return [block for module in training for block in sdxl_text.blocks(module)]
+    def text_blocks(self, name: str, encoder: nn.Module) -> list[nn.Module]:
+        return sdxl_text.blocks(encoder)
 
-    def groups(self, denoiser: nn.Module, encoders: TextEncoders | None, learning_rate: float) -> list[Group]:
+    def groups(self, denoiser: nn.Module, encoders: TextEncoders, learning_rate: float) -> list[Group]:
         """What trains, named, with gradients switched on for it and off for all else.
 
         The U-Net whole or, with ``--block_lr``, in its 23 blocks; a learning rate of 0 leaves a part out for good. (Without
@@ -131,8 +141,8 @@ class Sdxl:
         elif learning_rate > 0 or not rates:
             found.append(Group("unet", tuple(denoiser.named_parameters()), learning_rate))
         for name, rate in rates.items():
-            encoder = encoders.modules[name]
-            named = sdxl_text.trained_parameters(name, encoder)
+            encoders.modules[name].requires_grad_(False)
+            named = sdxl_text.trained_parameters(name, encoders.modules[name])
             found.append(Group(name, tuple((f"{name}.{key}", parameter) for key, parameter in named), rate))
         for group in found:
             for _, parameter in group.params:
@@ -140,36 +150,30 @@ class Sdxl:
         return found
 
     def sample(self, denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
-               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype, objective: DdpmOptions,
-               sampler: str = "ddim") -> Image.Image:
-        """One preview picture, for a model trained with ``objective``; ``sampler`` by the dialect's names."""
-        return sample(denoiser, vae, prompt, positive, negative, compute_dtype, objective.v_parameterization,
-                      objective.zero_terminal_snr, sampler)
+               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> Image.Image:
+        return sample(denoiser, vae, prompt, positive, negative, compute_dtype, self.objective_options.v_parameterization,
+                      self.objective_options.zero_terminal_snr)
 
     def export(self, modules: Mapping[str, nn.Module], path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str],
-               objective: DdpmOptions, save_model_as: str = "safetensors") -> None:
-        """Write the whole model. ``modules``: what trained, by name of part (``unet``, ``clip_l``, ``clip_g``);
-        ``objective`` as it was trained."""
-        save(path, self.parts, modules, dtype, metadata, save_model_as, predicts_velocity=objective.v_parameterization,
-             zero_terminal_snr=objective.zero_terminal_snr)
+               save_format: str) -> None:
+        """The whole model, marked where it predicts velocity."""
+        trained = {"unet" if name == DENOISER else name: module for name, module in modules.items()}
+        save(path, self.parts, trained, dtype, metadata, save_format,
+             predicts_velocity=self.objective_options.v_parameterization,
+             zero_terminal_snr=self.objective_options.zero_terminal_snr)
 
-    @property
-    def save_format(self) -> str:
-        """What ``--save_model_as`` is when it is not given: as the input, but no pickles."""
-        return "safetensors" if self.file.layout == "ldm" else "diffusers_safetensors"
-
-    def saved_bytes(self, dtype: torch.dtype | None) -> int:
-        """About how much room a saved model takes."""
+    def saved_bytes(self, modules: Mapping[str, nn.Module], dtype: torch.dtype | None, save_format: str) -> int:
         return saved_bytes(self.parts, dtype)
 
     def modelspec(self) -> Mapping[str, str]:
         return {"architecture": "stable-diffusion-xl-v1-base",
-                "implementation": "https://github.com/Stability-AI/generative-models"}
+                "implementation": "https://github.com/Stability-AI/generative-models",
+                "prediction_type": "v" if self.objective_options.v_parameterization else "epsilon"}
 
 
-def open_architecture(model: ModelOptions, options: SdxlOptions) -> Sdxl:
+def open_architecture(model: ModelOptions, options: SdxlOptions, objective: DdpmOptions) -> Sdxl:
     """What ``run.py`` calls: the adapter of this module."""
-    return Sdxl(model, options)
+    return Sdxl(model, options, objective)
 
 
 def open_token_meter(model: ModelOptions, options: SdxlOptions) -> TokenMeter:

@@ -13,6 +13,7 @@ from itertools import zip_longest
 import torch
 from torch import nn
 
+from library.architectures.sdxl_text import side_by_side
 from library.checkpoint.keymap import module_shapes
 from library.checkpoint.sdxl_keys import UNET
 
@@ -24,13 +25,13 @@ def predict(denoiser: nn.Module, x_t: torch.Tensor, level: torch.Tensor, text: M
             geometry: torch.Tensor) -> torch.Tensor:
     """(B, 4, h, w) float32, noise or velocity as the model was trained, for ``x_t`` (B, 4, h, w) at ``level`` (B,) int64, 0..999.
 
-    ``text`` holds ``hidden`` (B, L, D) and ``pooled`` (B, P). ``geometry`` (B, 6) in pixels: original height and width, top and
+    ``text``: see ``sdxl_text.encode_text``. ``geometry`` (B, 6) in pixels: original height and width, top and
     left of the crop, target height and width; its sinusoids are computed in float32.
     """
     module = getattr(denoiser, "module", denoiser)  # the plain module under DistributedDataParallel
     dtype = module.conv_in.weight.dtype
     conditions = {"text_embeds": text["pooled"].to(dtype), "time_ids": geometry.to(x_t.device, torch.float32)}
-    output = denoiser(sample=x_t.to(dtype), timestep=level, encoder_hidden_states=text["hidden"].to(dtype),
+    output = denoiser(sample=x_t.to(dtype), timestep=level, encoder_hidden_states=side_by_side(text).to(dtype),
                       added_cond_kwargs=conditions, return_dict=False)[0]
     return output.float()
 

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from library.config.parse import Config
 
 BLOCK_RATES = 23
+ENCODERS = 2
 SCALING = 0.13025  # of the latents; they are not shifted
 CHUNK_TOKENS = 75
 TOKEN_LENGTHS = (75, 150, 225)
+SAMPLERS = ("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+            "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a")
 _DIALECT: tuple[Record, ...] = tuple(records(ELSEWHERE, "v2", "belongs to SD 2.x models", "leave it out"))
 
 
@@ -55,7 +58,7 @@ class SdxlOptions:
     latent: ClassVar[LatentSpec] = LatentSpec(channels=4, factor=8, patch=4)
     npz: ClassVar[NpzLayout] = NpzLayout(("{stem}_{width:04d}x{height:04d}_sdxl.npz",), sized_keys=False, scale=SCALING)
     save_formats: ClassVar[tuple[str, ...]] = tuple(SUFFIXES)
-    preview: ClassVar[Prompt] = Prompt("", steps=30, cfg=7.5)  # what a prompt file leaves out
+    samplers: ClassVar[tuple[str, ...]] = SAMPLERS
 
     vae: str | None = flag(None, "autoencoder: file, folder or hub id", metavar="PATH", default_text="the checkpoint's own")
     no_half_vae: bool = flag(False, "run the autoencoder in float32 where bfloat16 would do (it never runs in float16)")
@@ -71,6 +74,12 @@ class SdxlOptions:
                                            default_text="--learning_rate")
     block_lr: str | None = flag(None, "learning rates of the U-Net's 23 blocks in place of --learning_rate; 0 freezes a block",
                                 metavar="N,N,...", read=read_block_rates)
+    sample_sampler: str = flag("ddim", "sampler of the previews", choices=SAMPLERS)
+
+    @property
+    def preview(self) -> Prompt:
+        """What a prompt file may leave out."""
+        return Prompt("", steps=30, cfg=7.5, sampler=self.sample_sampler)
 
     @property
     def chunks(self) -> int:
@@ -91,17 +100,15 @@ class SdxlOptions:
 
     def problems(self, config: Config) -> Iterator[Problem]:
         """Conflicts that only this architecture can have; ``library.config.check`` asks for them."""
-        if config.caching.text_cached:
-            for name, reason in (("train_text_encoder", "an encoder that trains gives other outputs at every step"),
-                                 ("weighted_captions", "weights are applied while captions are encoded for training")):
-                if getattr(self, name):
-                    yield conflict(config, f"{name} cache_text_encoder_outputs", f"cannot work on cached text: {reason}",
-                                   "leave out --cache_text_encoder_outputs or this")
         for name in ("learning_rate_te1", "learning_rate_te2"):
             if getattr(self, name) and not self.train_text_encoder:
                 yield conflict(config, f"{name} train_text_encoder", "has no effect without --train_text_encoder",
                                "add --train_text_encoder or leave it out")
         rates = self.encoder_rates(config.optimizer.learning_rate)
+        if config.caching.text_cached and len(rates) == ENCODERS:
+            yield conflict(config, "train_text_encoder cache_text_encoder_outputs", "there is nothing to cache: encoders that "
+                           "train give other outputs at every step", "leave out --cache_text_encoder_outputs, or train one "
+                           "encoder only with --learning_rate_te1 0 or --learning_rate_te2 0; the other one is cached then")
         if self.train_text_encoder and not rates:
             yield conflict(config, "train_text_encoder learning_rate_te1 learning_rate_te2",
                            "both text encoders have a learning rate of 0", "give one of them a learning rate, or leave it out")

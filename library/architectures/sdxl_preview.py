@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from library.architectures.sdxl_text import side_by_side
 from library.architectures.vae import decode_image
 from library.errors import UserError
 from library.prompts import Prompt
@@ -53,9 +54,9 @@ def scheduler(name: str, velocity: bool, zero_terminal_snr: bool) -> Any:
 
 @torch.no_grad()
 def sample(denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
-           negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype, velocity: bool, zero_terminal_snr: bool,
-           sampler: str = "ddim") -> Image.Image:
-    """Draw ``prompt`` (its seed must be set). ``positive`` and ``negative``: ``hidden`` (1, L, D) and ``pooled`` (1, P).
+           negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype, velocity: bool,
+           zero_terminal_snr: bool) -> Image.Image:
+    """Draw ``prompt`` (its seed must be set) with its sampler. ``positive`` and ``negative``: see ``sdxl_text.encode_text``.
 
     ``negative`` acts when ``prompt.cfg`` is above 1. Latents stay float32 between steps whatever the weights' dtype.
     """
@@ -64,21 +65,21 @@ def sample(denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mappin
 
     pipeline = StableDiffusionXLPipeline(
         vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=denoiser,
-        scheduler=scheduler(sampler, velocity, zero_terminal_snr), force_zeros_for_empty_prompt=False, add_watermarker=False)
+        scheduler=scheduler(prompt.sampler, velocity, zero_terminal_snr), force_zeros_for_empty_prompt=False, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     device = denoiser.conv_in.weight.device
 
-    def ready(text: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        return text[name].to(device, torch.float32)
+    def ready(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, torch.float32)
 
     guided = prompt.cfg > 1.0
     dtype = denoiser.conv_in.weight.dtype if compute_dtype == torch.float32 else compute_dtype
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         latents = pipeline(
-            prompt_embeds=ready(positive, "hidden"),
-            pooled_prompt_embeds=ready(positive, "pooled"),
-            negative_prompt_embeds=ready(negative, "hidden") if guided else None,
-            negative_pooled_prompt_embeds=ready(negative, "pooled") if guided else None,
+            prompt_embeds=ready(side_by_side(positive)),
+            pooled_prompt_embeds=ready(positive["pooled"]),
+            negative_prompt_embeds=ready(side_by_side(negative)) if guided else None,
+            negative_pooled_prompt_embeds=ready(negative["pooled"]) if guided else None,
             guidance_scale=prompt.cfg,
             height=prompt.height,
             width=prompt.width,

@@ -8,7 +8,7 @@ Letters: B batch, n chunks of 77 tokens, L = 75 n + 2, D the sum of both encoder
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,37 +25,36 @@ NAMES = ("clip_l", "clip_g")
 
 @dataclass
 class Tokenizers:
-    """Both tokenizers, and how many captions were cut short since the last ``truncation_note``."""
+    """Both tokenizers."""
 
     clip_l: Any
     clip_g: Any
-    truncated: int = 0
-
-    def truncation_note(self, chunks: int) -> str:
-        """One line about captions that did not fit, or an empty string; counting starts anew."""
-        count, self.truncated = self.truncated, 0
-        longer = " or 150 or 225 for longer ones" if chunks == 1 else ""
-        return (f"{count} captions are longer than {chunks * ROOM} tokens and were cut there (--max_token_length{longer})"
-                if count else "")
 
 
-def encode_text(clip_l: nn.Module, clip_g: nn.Module, tokenizers: Tokenizers, captions: Sequence[str], chunks: int,
+def encode_text(modules: Mapping[str, nn.Module], tokenizers: Tokenizers, captions: Sequence[str], chunks: int,
                 weighted: bool) -> dict[str, torch.Tensor]:
-    """``hidden`` (B, 75 chunks + 2, D) and ``pooled`` (B, P), in the encoders' dtypes, with gradients where they train.
+    """Of ``clip_l`` its states (B, 75 chunks + 2, D); of ``clip_g`` the same, and ``pooled`` (B, P): of those that ``modules`` has,
+    in the encoders' dtypes, with gradients where they train.
 
     Longer captions are encoded in ``chunks`` pieces of 75 tokens, each with a begin and an end of its own; of these the first
     begin and the last end stay. The pooled vector is that of the first piece. ``weighted``: brackets in captions weigh tokens
-    (``attention_weights``); their states are multiplied, the pooled vector is not. Captions that are too long are cut and
-    counted in ``tokenizers.truncated``.
+    (``attention_weights``); their states are multiplied, the pooled vector is not. Captions that are too long are cut.
     """
-    end = tokenizers.clip_l.eos_token_id
-    first = chunk(tokenizers.clip_l, captions, chunks, end, weighted)
-    second = chunk(tokenizers.clip_g, captions, chunks, SECOND_PAD, weighted)
-    tokenizers.truncated += first.truncated
-    hidden_l, _ = _run(clip_l, first, tokenizers.clip_l, "CLIP-L", weighted)
-    hidden_g, output = _run(clip_g, second, tokenizers.clip_g, "CLIP-G", weighted)
-    pooled = output.text_embeds.unflatten(0, (len(captions), chunks))[:, 0]  # taken by the module at the first end token
-    return {"hidden": torch.cat([hidden_l, hidden_g], dim=-1), "pooled": pooled}
+    text: dict[str, torch.Tensor] = {}
+    if "clip_l" in modules:
+        pieces = chunk(tokenizers.clip_l, captions, chunks, tokenizers.clip_l.eos_token_id, weighted)
+        text["clip_l"], _ = _run(modules["clip_l"], pieces, tokenizers.clip_l, "CLIP-L", weighted)
+    if "clip_g" in modules:
+        pieces = chunk(tokenizers.clip_g, captions, chunks, SECOND_PAD, weighted)
+        text["clip_g"], output = _run(modules["clip_g"], pieces, tokenizers.clip_g, "CLIP-G", weighted)
+        # taken by the module at the first end token
+        text["pooled"] = output.text_embeds.unflatten(0, (len(captions), chunks))[:, 0]
+    return text
+
+
+def side_by_side(text: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the U-Net attends to: the states of both encoders (B, L, D)."""
+    return torch.cat([text["clip_l"], text["clip_g"]], dim=-1)
 
 
 def _run(encoder: nn.Module, chunks: Chunks, tokenizer: Any, title: str, weighted: bool) -> tuple[torch.Tensor, Any]:

@@ -77,6 +77,12 @@ def _header(entries: list[Entry], metadata: Mapping[str, str]) -> tuple[bytes, i
     return len(text).to_bytes(8, "little") + text, end
 
 
+def file_bytes(entries: Iterable[Entry]) -> int:
+    """Size of a file of these tensors, but for its metadata."""
+    header, data_bytes = _header(list(entries), {})
+    return len(header) + data_bytes
+
+
 def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight of the denoiser trains, and the whole denoiser is exported."""
+"""Full fine-tuning: every weight of the modules that train, and the whole of them is exported."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.architectures.base import Architecture
+from library.architectures.base import Architecture, TextEncoders
 from library.optim.groups import Group
 
 
-def prepare(denoiser: nn.Module, learning_rate: float) -> list[Group]:
-    """Switch gradients on and name what trains."""
-    denoiser.requires_grad_(True)
-    denoiser.train()
-    return [Group("denoiser", list(denoiser.named_parameters()), learning_rate)]
+def prepare(arch: Architecture, denoiser: nn.Module, encoders: TextEncoders, learning_rate: float) -> list[Group]:
+    """Switch gradients on, by ``arch.groups``, and name what trains. ``encoders``: those that train."""
+    groups = arch.groups(denoiser, encoders, learning_rate)
+    for module in (denoiser, *encoders.modules.values()):
+        module.train()
+    return groups
 
 
-def export(arch: Architecture, denoiser: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-    """Write the trained weights as one file in the layout of the input."""
-    arch.export(denoiser, path, dtype, metadata)
+def export(arch: Architecture, modules: Mapping[str, nn.Module], path: Path, dtype: torch.dtype | None,
+           metadata: Mapping[str, str], save_format: str) -> None:
+    """Write the model with its trained weights; see ``Architecture.export``."""
+    arch.export(modules, path, dtype, metadata, save_format)
+
+
+def saved_bytes(arch: Architecture, modules: Mapping[str, nn.Module], dtype: torch.dtype | None, save_format: str) -> int:
+    """About how much room ``export`` takes."""
+    return arch.saved_bytes(modules, dtype, save_format)

@@ -5,21 +5,22 @@ import math
 import pytest
 import torch
 
+from library.architectures.base import DENOISER
 from library.architectures.sdxl import open_architecture
 from library.architectures.sdxl_options import SdxlOptions
 from library.checkpoint.source import open_source
 from library.config.check import check
 from library.config.ddpm_options import DdpmOptions
-from library.config.parse import Entry, parse
+from library.config.loss_options import LossOptions
+from library.config.parse import parse
 from library.config.schema import ModelOptions
 from library.errors import UserError
-from library.objectives.ddpm import Ddpm
 from library.objectives.noise import draw
 from library.optim.groups import assert_partition
+from sdxl_train import ENTRY
 from tests.tiny_sdxl import make_sdxl_files
 
 CPU, F32 = torch.device("cpu"), torch.float32
-ENTRY = Entry("sdxl_train.py", "library.architectures.sdxl", "library.methods.full", DdpmOptions, SdxlOptions, {})
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,8 @@ def checkpoint(tmp_path_factory):
     return make_sdxl_files(tmp_path_factory.mktemp("sdxl")).checkpoint
 
 
-def opened(checkpoint, **options):
-    return open_architecture(ModelOptions(str(checkpoint)), SdxlOptions(**options))
+def opened(checkpoint, objective=DdpmOptions(), **options):
+    return open_architecture(ModelOptions(str(checkpoint)), SdxlOptions(**options), objective)
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -72,8 +73,8 @@ def test_block_rates_from_the_command_line_and_from_toml(read, tmp_path):
     ("--block_lr " + ",".join(["0"] * 23), "--block_lr: every block has a learning rate of 0"),
     ("--learning_rate_te1 1e-5", "--learning_rate_te1: has no effect without --train_text_encoder"),
     ("--train_text_encoder --learning_rate_te1 0 --learning_rate_te2 0", "both text encoders have a learning rate of 0"),
-    ("--train_text_encoder --cache_text_encoder_outputs", "--train_text_encoder: cannot work on cached text"),
-    ("--weighted_captions --cache_text_encoder_outputs_to_disk", "--weighted_captions: cannot work on cached text"),
+    ("--train_text_encoder --cache_text_encoder_outputs", "--train_text_encoder: there is nothing to cache"),
+    ("--sample_sampler eulr", "--sample_sampler: 'eulr' is not one of"),
     ("--max_token_length 100", "--max_token_length: '100' is not 75, 150 or 225"),
     ("--tokenizer_cache_dir nowhere", "--tokenizer_cache_dir: no such file or folder")])
 def test_mistakes(read, argv, expected):
@@ -86,7 +87,7 @@ def test_mistakes(read, argv, expected):
 
 
 def parts_of(arch):
-    return arch.load_denoiser(CPU, F32), arch.load_text_encoders(CPU, F32)
+    return arch.load_denoiser(CPU, F32), arch.load_text_encoders(arch.text_encoders, CPU, F32)
 
 
 def test_the_unet_alone(checkpoint):
@@ -95,7 +96,6 @@ def test_the_unet_alone(checkpoint):
     groups = arch.groups(denoiser, encoders, 1e-5)
     assert [(group.name, group.learning_rate) for group in groups] == [("unet", 1e-5)]
     assert_partition(groups, denoiser.named_parameters())
-    assert arch.text_blocks(encoders) == []
 
 
 def test_unet_blocks_and_encoders(checkpoint):
@@ -109,7 +109,7 @@ def test_unet_blocks_and_encoders(checkpoint):
                                                   for key, parameter in module.named_parameters())]
     assert_partition(groups, everything)
     assert not denoiser.time_embedding.linear_1.weight.requires_grad and not denoiser.conv_out.weight.requires_grad
-    assert len(arch.text_blocks(encoders)) == 2 + 3
+    assert [len(arch.text_blocks(name, module)) for name, module in encoders.modules.items()] == [2, 3]
 
 
 def test_a_rate_of_zero_leaves_the_unet_out_when_encoders_train(checkpoint):
@@ -117,22 +117,20 @@ def test_a_rate_of_zero_leaves_the_unet_out_when_encoders_train(checkpoint):
     denoiser, encoders = parts_of(arch)
     assert [group.name for group in arch.groups(denoiser, encoders, 0.0)] == ["clip_l"]
     assert not any(parameter.requires_grad for parameter in denoiser.parameters())
-    assert not any(parameter.requires_grad for parameter in encoders.modules["clip_g"].parameters())
 
 
 # --- what the checkpoint decides --------------------------------------------------------------------------------------
 
 
 def test_a_velocity_checkpoint_sets_the_objective(tmp_path, checkpoint):
-    arch = opened(make_sdxl_files(tmp_path, ("v_pred", "ztsnr")).checkpoint)
-    options = arch.objective_options(DdpmOptions(min_snr_gamma=5.0, scale_v_pred_loss_like_noise_pred=True))
+    marked = make_sdxl_files(tmp_path, ("v_pred", "ztsnr")).checkpoint
+    options = opened(marked, DdpmOptions(min_snr_gamma=5.0, scale_v_pred_loss_like_noise_pred=True)).objective(LossOptions()).options
     assert options.v_parameterization and options.zero_terminal_snr and options.min_snr_gamma == 5.0
     with pytest.raises(UserError, match="--v_pred_like_loss: .* predicts velocity"):
-        arch.objective_options(DdpmOptions(v_pred_like_loss=1.0))
-    plain = opened(checkpoint)
-    assert plain.objective_options(DdpmOptions()) == DdpmOptions()
+        opened(marked, DdpmOptions(v_pred_like_loss=1.0))
+    assert opened(checkpoint).objective(LossOptions()).options == DdpmOptions()
     with pytest.raises(UserError, match="--scale_v_pred_loss_like_noise_pred: acts on velocity prediction only"):
-        plain.objective_options(DdpmOptions(scale_v_pred_loss_like_noise_pred=True))
+        opened(checkpoint, DdpmOptions(scale_v_pred_loss_like_noise_pred=True))
 
 
 def test_half_precision_of_the_autoencoder(checkpoint):
@@ -144,9 +142,10 @@ def test_half_precision_of_the_autoencoder(checkpoint):
 
 
 def test_text_identity_follows_its_settings(checkpoint):
-    identities = {opened(checkpoint, **options).text_identity(F32)
-                  for options in ({}, {"max_token_length": 150}, {"weighted_captions": True})}
-    assert len(identities) == 3
+    both = ("clip_l", "clip_g")
+    identities = {opened(checkpoint, **options).text_identity(names, F32)
+                  for options, names in (({}, both), ({}, both[:1]), ({"max_token_length": 150}, both), ({"weighted_captions": True}, both))}
+    assert len(identities) == 4
 
 
 # --- end to end -------------------------------------------------------------------------------------------------------
@@ -155,8 +154,9 @@ def test_text_identity_follows_its_settings(checkpoint):
 @pytest.mark.parametrize("velocity", [False, True])
 def test_steps_with_unet_and_encoders_lower_the_loss_and_are_saved(tmp_path, checkpoint, velocity):
     """Pictures and captions to losses, gradients into all three modules, one file that holds the change."""
-    arch = opened(checkpoint, train_text_encoder=True, max_token_length=150)
-    objective = Ddpm(arch.objective_options(DdpmOptions(v_parameterization=velocity, min_snr_gamma=5.0)))
+    arch = opened(checkpoint, DdpmOptions(v_parameterization=velocity, min_snr_gamma=5.0), train_text_encoder=True,
+                  max_token_length=150)
+    objective = arch.objective(LossOptions())
     denoiser, encoders = parts_of(arch)
     groups = arch.groups(denoiser, encoders, 1e-3)
     optimizer = torch.optim.AdamW([{"params": [p for _, p in group.params], "lr": group.learning_rate} for group in groups])
@@ -176,8 +176,8 @@ def test_steps_with_unet_and_encoders_lower_the_loss_and_are_saved(tmp_path, che
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] and all(math.isfinite(value) for value in losses)
-    modules = {"unet": denoiser, **encoders.modules}
-    arch.export(modules, tmp_path / "out.safetensors", None, {"modelspec.title": "test"}, objective.options)
+    modules = {DENOISER: denoiser, **encoders.modules}
+    arch.export(modules, tmp_path / "out.safetensors", None, {"modelspec.title": "test"}, "safetensors")
     before, after = open_source(checkpoint), open_source(tmp_path / "out.safetensors")
     assert set(after.tensors) - set(before.tensors) == ({"v_pred"} if velocity else set())
     moved = {name for name in before.tensors if not torch.equal(before.read(name), after.read(name))}
