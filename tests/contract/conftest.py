@@ -14,7 +14,13 @@ from tests.contract.cases import CASES
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", CASES, ids=[case.name for case in CASES], scope="session")
+        if "setting" in metafunc.fixturenames:
+            pairs = [(case, setting) for case in CASES for setting in case.settings]
+            names = [f"{case.name}{'-'.join(('', *setting)).replace('--', '')}" for case, setting in pairs]
+            metafunc.parametrize(("case", "setting"), pairs, ids=names, scope="session")
+        else:
+            cases = [case for case in CASES if metafunc.module.__dict__.get("CHOOSE", lambda case: True)(case)]
+            metafunc.parametrize("case", cases, ids=[case.name for case in cases], scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ def geometry(step) -> torch.Tensor:
 
 
 def text(step) -> dict[str, torch.Tensor]:
-    return {"hidden": step["in.context"], "pooled": step["in.y"][:, :32]}
+    return {"clip_l": step["in.context"][..., :24], "clip_g": step["in.context"][..., 24:], "pooled": step["in.y"][:, :32]}
 
 
 def test_all_recorded_modes_are_here():

@@ -9,7 +9,7 @@ with the wrong one undone.
 import pytest
 import torch
 
-from library.architectures.sdxl_text import Tokenizers, encode_text
+from library.architectures.sdxl_text import Tokenizers, encode_text, side_by_side
 from tests.golden import records, records_sdxl
 from tests.golden.compare import close
 
@@ -39,8 +39,8 @@ def test_hidden_states_and_pooled(step, row):
     tokenizers = Tokenizers(KnownTokens(), KnownTokens())
     caption = " ".join(str(token) for token in CAPTIONS[step, row])
     with torch.no_grad():
-        encoded = encode_text(clip_l, clip_g, tokenizers, [caption], chunks=1, weighted=False)
-    close(encoded["hidden"][0], recorded["in.context"][row], 1e-6)
+        encoded = encode_text({"clip_l": clip_l, "clip_g": clip_g}, tokenizers, [caption], chunks=1, weighted=False)
+    close(side_by_side(encoded)[0], recorded["in.context"][row], 1e-6)
     matrix = clip_g.text_projection.weight.double()  # (P, width); ours is state @ matrix^T, the record's state @ matrix
     state = torch.linalg.solve(matrix, encoded["pooled"][0].double())
     close(state @ matrix, recorded["in.y"][row, :32], 1e-4)

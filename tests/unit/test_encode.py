@@ -37,14 +37,17 @@ class Model:
     def vae_identity(self, dtype):
         return "vae"
 
-    def text_identity(self, dtype):
+    text_encoders = ("letters",)
+
+    def text_identity(self, names, dtype):
         return "text"
 
     def load_vae(self, device, dtype):
         self.loaded.append("vae")
         return torch.nn.Linear(1, 1)
 
-    def load_text_encoders(self, device, dtype):
+    def load_text_encoders(self, names, device, dtype):
+        assert tuple(names) == self.text_encoders
         self.loaded.append("text")
         return SimpleNamespace()
 
@@ -92,9 +95,11 @@ def test_cached_or_not_the_numbers_are_the_same(selection, tmp_path, how, trim):
     online = encode_all(Model(trim), RUNTIME, CachingOptions(), plain, Course(3, 100), 2, ())
     for batch in steps:
         pixels = _online_twin(batch, plain.train)
-        (latents, text, mask), (other_latents, other_text, other_mask) = cached.batch(batch), online.batch(pixels)
-        assert latents.dtype == torch.float32 and torch.equal(latents, other_latents)
-        assert torch.equal(mask, other_mask) and mask.shape == (len(latents), 1, *latents.shape[2:])
+        given, other = cached.batch(batch), online.batch(pixels)
+        latents, text, mask, other_text = given.latents, given.text, given.mask, other.text
+        assert torch.equal(given.geometry, batch.geometry) and torch.equal(other.geometry, batch.geometry)
+        assert latents.dtype == torch.float32 and torch.equal(latents, other.latents)
+        assert torch.equal(mask, other.mask) and mask.shape == (len(latents), 1, *latents.shape[2:])
         assert text.keys() == other_text.keys()
         for name, value in text.items():
             assert torch.equal(value, other_text[name]) and value.dtype == other_text[name].dtype

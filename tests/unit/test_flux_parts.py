@@ -321,11 +321,11 @@ def test_config_json_decides_what_shapes_cannot(tmp_path, pipeline_folder):
 def test_encode_text(encoders):
     clip, t5, tokenizers = encoders
     captions = ["a photo of the cat", "", "the red rocket and the blue dog " * 12]
-    encoded = encode_text(clip, t5, tokenizers, captions, 48, apply_mask=False)
+    encoded = encode_text({"clip": clip, "t5": t5}, tokenizers, captions, 48, apply_mask=False)
     assert encoded["t5"].shape == (3, 48, 64) and encoded["clip_pooled"].shape == (3, 64)
     assert encoded["t5_mask"].dtype == torch.bool and encoded["t5_mask"].sum(1).tolist() == [6, 1, 48]
     # one at a time or together, and what the modules themselves say
-    alone = encode_text(clip, t5, tokenizers, captions[:1], 48, apply_mask=False)
+    alone = encode_text({"clip": clip, "t5": t5}, tokenizers, captions[:1], 48, apply_mask=False)
     assert torch.allclose(alone["t5"][0], encoded["t5"][0], atol=1e-5)
     assert torch.allclose(alone["clip_pooled"][0], encoded["clip_pooled"][0], atol=1e-5)
     ids = tokenizers.clip(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
@@ -334,7 +334,7 @@ def test_encode_text(encoders):
 
 def test_the_pooled_vector_does_not_depend_on_padding(encoders):
     clip, t5, tokenizers = encoders
-    pooled = encode_text(clip, t5, tokenizers, ["the cat"], 16, False)["clip_pooled"]
+    pooled = encode_text({"clip": clip, "t5": t5}, tokenizers, ["the cat"], 16, False)["clip_pooled"]
     ids = tokenizers.clip(["the cat"], return_tensors="pt").input_ids  # begin, the, cat, end
     assert ids.shape == (1, 4)
     assert torch.allclose(clip(ids).last_hidden_state[:, -1], pooled, atol=1e-5)
@@ -342,7 +342,7 @@ def test_the_pooled_vector_does_not_depend_on_padding(encoders):
 
 def test_the_mask_hides_padding_from_t5_only_when_asked(encoders):
     clip, t5, tokenizers = encoders
-    plain, masked = (encode_text(clip, t5, tokenizers, ["a red cat"], 24, apply) for apply in (False, True))
+    plain, masked = (encode_text({"clip": clip, "t5": t5}, tokenizers, ["a red cat"], 24, apply) for apply in (False, True))
     count = int(plain["t5_mask"].sum())
     ids = tokenizers.t5(["a red cat"], return_tensors="pt").input_ids
     assert ids.shape == (1, count)
@@ -378,7 +378,7 @@ def test_t5_tokens_from_a_sentencepiece_model(tmp_path):
 def test_tokenizers_that_do_not_belong_to_the_encoder(tmp_path, files, encoders):
     tiny.save(tmp_path / "t5.safetensors", tiny.t5_shapes(4), F32)
     with pytest.raises(UserError, match="the encoder knows only 4 tokens.*--t5xxl_tokenizer"):
-        encode_text(encoders[0], load_t5(open_source(tmp_path / "t5.safetensors"), F32), encoders[2], ["a cat"], 8, False)
+        encode_text({"clip": encoders[0], "t5": load_t5(open_source(tmp_path / "t5.safetensors"), F32)}, encoders[2], ["a cat"], 8, False)
 
 
 def test_given_tokenizers(tmp_path, files, parts):

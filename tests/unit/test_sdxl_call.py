@@ -30,7 +30,8 @@ def unet(checkpoint):
 
 def inputs(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    text = {"hidden": torch.randn(2, 77, 128, generator=generator), "pooled": torch.randn(2, 64, generator=generator)}
+    text = {"clip_l": torch.randn(2, 77, 64, generator=generator), "clip_g": torch.randn(2, 77, 64, generator=generator),
+            "pooled": torch.randn(2, 64, generator=generator)}
     return torch.randn(2, 4, 8, 12, generator=generator), torch.tensor([7, 980]), text
 
 
@@ -40,7 +41,7 @@ def test_each_input_counts(unet):
     assert output.shape == x_t.shape and output.dtype == torch.float32
     changed = [
         predict(unet, x_t, level + 1, text, GEOMETRY),
-        predict(unet, x_t, level, text | {"hidden": text["hidden"] + 0.1}, GEOMETRY),
+        predict(unet, x_t, level, text | {"clip_g": text["clip_g"] + 0.1}, GEOMETRY),
         predict(unet, x_t, level, text | {"pooled": text["pooled"] + 0.1}, GEOMETRY),
         *(predict(unet, x_t, level, text, GEOMETRY + 200 * torch.eye(6, dtype=torch.int64)[column]) for column in range(6)),
     ]

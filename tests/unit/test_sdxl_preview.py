@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from library.architectures.sdxl import open_architecture
+from library.architectures.sdxl_options import SAMPLERS as NAMES
 from library.architectures.sdxl_options import SdxlOptions
 from library.architectures.sdxl_preview import SAMPLERS, scheduler
 from library.config.ddpm_options import DdpmOptions
@@ -23,24 +24,31 @@ PROMPT = Prompt("a cat", width=64, height=96, seed=3, steps=3, cfg=5.0)
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """``drawn(prompt, **options)``: a picture of the tiny model."""
-    arch = open_architecture(ModelOptions(str(make_sdxl_files(tmp_path_factory.mktemp("sdxl")).checkpoint)), SdxlOptions())
+    model = ModelOptions(str(make_sdxl_files(tmp_path_factory.mktemp("sdxl")).checkpoint))
+    arch = open_architecture(model, SdxlOptions(), DdpmOptions())
     cpu, f32 = torch.device("cpu"), torch.float32
-    denoiser, vae, encoders = arch.load_denoiser(cpu, f32), arch.load_vae(cpu, f32), arch.load_text_encoders(cpu, f32)
+    denoiser, vae = arch.load_denoiser(cpu, f32), arch.load_vae(cpu, f32)
+    encoders = arch.load_text_encoders(arch.text_encoders, cpu, f32)
     positive, negative = (arch.encode_text(encoders, [words]) for words in ("a cat", ""))
 
     def draw(prompt=PROMPT, sampler="ddim", objective=DdpmOptions(), dtype=f32):
-        return arch.sample(denoiser.to(dtype), vae, prompt, positive, negative, f32, objective, sampler)
+        adapter = open_architecture(model, SdxlOptions(), objective)
+        return adapter.sample(denoiser.to(dtype), vae, replace(prompt, sampler=sampler), positive, negative, f32)
 
     return draw
 
 
-@pytest.mark.parametrize("sampler", [*SAMPLERS, "k_euler_a"])
+@pytest.mark.parametrize("sampler", NAMES)
 def test_every_sampler_draws(drawn, sampler):
-    if sampler == "lms":
+    if sampler.endswith("lms"):
         pytest.importorskip("scipy", reason="this sampler needs scipy")
     picture = drawn(sampler=sampler)
     assert picture.size == (64, 96) and picture.mode == "RGB"
     assert picture.tobytes() == drawn(sampler=sampler).tobytes()  # the same seed, the same picture
+
+
+def test_every_sampler_has_a_name():
+    assert {name.removeprefix("k_") for name in NAMES} == set(SAMPLERS)
 
 
 def test_a_sampler_whose_package_is_missing_is_told(monkeypatch):

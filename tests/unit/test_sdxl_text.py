@@ -6,7 +6,7 @@ import torch
 from library.architectures import attention_weights, clip_chunks
 from library.architectures.sdxl_models import load_clip_g, load_clip_l
 from library.architectures.sdxl_parts import TOKENIZER, TOKENIZER_2, open_parts
-from library.architectures.sdxl_text import Tokenizers, blocks, encode_text, trained_parameters
+from library.architectures.sdxl_text import NAMES, Tokenizers, blocks, encode_text, side_by_side, trained_parameters
 from library.architectures.tokenizers import load_tokenizer
 from library.checkpoint.hub import Hub
 from library.errors import UserError
@@ -60,7 +60,7 @@ def test_one_chunk_is_what_the_tokenizer_itself_makes(tokenizers):
     captions = ["a photo of the cat", "", "girl " * 75, "girl " * 200]
     made = clip_chunks.chunk(tokenizers.clip_l, captions, 1, tokenizers.clip_l.eos_token_id, weighted=False)
     own = tokenizers.clip_l(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    assert torch.equal(made.ids[:, 0], own) and made.truncated == 1
+    assert torch.equal(made.ids[:, 0], own)
     assert torch.equal(made.weights, torch.ones(4, 1, 77))
 
 
@@ -90,17 +90,21 @@ def test_join_keeps_the_first_begin_and_the_last_end():
     assert torch.equal(clip_chunks.join(states[:, :1]), states[:, 0])
 
 
+def named(encoders):
+    return dict(zip(NAMES, encoders, strict=True))
+
+
 # --- encoding ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunks, length", [(1, 77), (2, 152), (3, 227)])
-def test_shapes_and_truncation_note(encoders, tokenizers, chunks, length):
-    encoded = encode_text(*encoders, tokenizers, ["a cat", "girl " * 160], chunks, weighted=False)
-    assert encoded["hidden"].shape == (2, length, 128) and encoded["pooled"].shape == (2, 64)
-    assert not encoded["hidden"].requires_grad
-    note = tokenizers.truncation_note(chunks)
-    assert note.startswith(f"1 captions are longer than {75 * chunks} tokens") if chunks < 3 else note == ""
-    assert tokenizers.truncation_note(chunks) == ""
+def test_shapes(encoders, tokenizers, chunks, length):
+    encoded = encode_text(named(encoders), tokenizers, ["a cat", "girl " * 160], chunks, weighted=False)
+    assert side_by_side(encoded).shape == (2, length, 128) and encoded["pooled"].shape == (2, 64)
+    assert not side_by_side(encoded).requires_grad
+    for name, encoder in named(encoders).items():  # one of them alone gives the same
+        alone = encode_text({name: encoder}, tokenizers, ["a cat", "girl " * 160], chunks, weighted=False)
+        assert all(torch.equal(value, encoded[key]) for key, value in alone.items()) and name in alone
 
 
 def test_states_and_pooled_are_those_of_the_modules(encoders, tokenizers):
@@ -109,39 +113,40 @@ def test_states_and_pooled_are_those_of_the_modules(encoders, tokenizers):
     ids = tokenizers.clip_l(["the red cat"], padding="max_length", max_length=77, return_tensors="pt").input_ids
     padded = ids.clone()
     padded[0, 5:] = 0  # begin, three words, end, then "!"
-    encoded = encode_text(clip_l, clip_g, tokenizers, ["the red cat"], 1, weighted=False)
-    assert torch.equal(encoded["hidden"][..., :64], clip_l(ids, output_hidden_states=True).hidden_states[-2])
-    assert torch.equal(encoded["hidden"][..., 64:], clip_g(padded, output_hidden_states=True).hidden_states[-2])
+    encoded = encode_text(named((clip_l, clip_g)), tokenizers, ["the red cat"], 1, weighted=False)
+    assert torch.equal(encoded["clip_l"], clip_l(ids, output_hidden_states=True).hidden_states[-2])
+    assert torch.equal(encoded["clip_g"], clip_g(padded, output_hidden_states=True).hidden_states[-2])
     state = clip_g.text_model(padded).last_hidden_state[:, 4]
     torch.testing.assert_close(encoded["pooled"], state @ clip_g.text_projection.weight.t())
 
 
 def test_pooled_and_beginning_of_a_long_caption_are_those_of_its_first_chunk(encoders, tokenizers):
     long = "girl cat " * 60
-    short = encode_text(*encoders, tokenizers, ["girl cat " * 37 + "girl"], 1, weighted=False)  # 75 tokens
-    encoded = encode_text(*encoders, tokenizers, ["a dog", long], 3, weighted=False)
+    short = encode_text(named(encoders), tokenizers, ["girl cat " * 37 + "girl"], 1, weighted=False)  # 75 tokens
+    encoded = encode_text(named(encoders), tokenizers, ["a dog", long], 3, weighted=False)
     torch.testing.assert_close(encoded["pooled"][1:], short["pooled"])
-    torch.testing.assert_close(encoded["hidden"][1:, :76], short["hidden"][:, :76])
+    torch.testing.assert_close(side_by_side(encoded)[1:, :76], side_by_side(short)[:, :76])
 
 
 def test_weighted_captions_multiply_states_and_leave_the_pooled_vector(encoders, tokenizers):
-    plain = encode_text(*encoders, tokenizers, ["the red cat"], 1, weighted=True)
-    weighted = encode_text(*encoders, tokenizers, ["the (red:1.5) cat"], 1, weighted=True)
+    plain = encode_text(named(encoders), tokenizers, ["the red cat"], 1, weighted=True)
+    weighted = encode_text(named(encoders), tokenizers, ["the (red:1.5) cat"], 1, weighted=True)
     factor = torch.ones(77)
     factor[2] = 1.5
-    torch.testing.assert_close(weighted["hidden"], plain["hidden"] * factor[:, None])
+    torch.testing.assert_close(side_by_side(weighted), side_by_side(plain) * factor[:, None])
     assert torch.equal(weighted["pooled"], plain["pooled"])
-    assert torch.equal(plain["hidden"], encode_text(*encoders, tokenizers, ["the red cat"], 1, weighted=False)["hidden"])
+    unread = encode_text(named(encoders), tokenizers, ["the red cat"], 1, weighted=False)
+    assert torch.equal(side_by_side(plain), side_by_side(unread))
 
 
 def test_a_tokenizer_of_another_encoder(encoders, tokenizers):
     clip_l, clip_g = encoders
     clip_g.config.eos_token_id = 2
     with pytest.raises(UserError, match="the CLIP-G tokenizer ends captions with token .* made for 2"):
-        encode_text(clip_l, clip_g, tokenizers, ["a cat"], 1, weighted=False)
+        encode_text(named((clip_l, clip_g)), tokenizers, ["a cat"], 1, weighted=False)
     clip_l.set_input_embeddings(torch.nn.Embedding(4, 64))
     with pytest.raises(UserError, match="the CLIP-L tokenizer gives token .* knows only 4 tokens"):
-        encode_text(clip_l, clip_g, tokenizers, ["a cat"], 1, weighted=False)
+        encode_text(named((clip_l, clip_g)), tokenizers, ["a cat"], 1, weighted=False)
 
 
 # --- training the encoders --------------------------------------------------------------------------------------------
@@ -150,8 +155,8 @@ def test_a_tokenizer_of_another_encoder(encoders, tokenizers):
 def gradients(encoders, tokenizers, chunks=1):
     for encoder in encoders:
         encoder.requires_grad_(True)
-    encoded = encode_text(*encoders, tokenizers, ["the red cat", "girl " * 90], chunks, weighted=False)
-    (encoded["hidden"].square().mean() + encoded["pooled"].square().mean()).backward()
+    encoded = encode_text(named(encoders), tokenizers, ["the red cat", "girl " * 90], chunks, weighted=False)
+    (side_by_side(encoded).square().mean() + encoded["pooled"].square().mean()).backward()
     return [{name: parameter.grad for name, parameter in encoder.named_parameters()} for encoder in encoders]
 
 

@@ -10,6 +10,7 @@ from library import validation
 from library.data.dataset import TrainingData
 from library.data.plan import StepPlan
 from library.data.showing import Course
+from library.encode import Inputs
 from library.validation import Schedule, Validation
 from tests.unit.data_helpers import one_folder, picture
 
@@ -30,13 +31,13 @@ def test_the_mean_is_over_pictures(tmp_path, monkeypatch, ranks):
     items = one_folder(tmp_path / "pictures", subset="loss_weight = 3.0")
     seen = []
 
-    def losses(arch, denoiser, objective, latents, text, weight, mask, draws):
+    def losses(arch, denoiser, objective, latents, text, geometry, weight, mask, draws):
         seen.append(float(draws.uniform[0]))
         return latents.mean((1, 2, 3)) * weight
 
     def encoded(batch):
         numbers = [float(sample.split("/")[1][0]) for sample in batch.sample_ids]
-        return torch.tensor(numbers).reshape(-1, 1, 1, 1).expand(-1, 4, 8, 8), {}, None
+        return Inputs(torch.tensor(numbers).reshape(-1, 1, 1, 1).expand(-1, 4, 8, 8), {}, batch.geometry, None)
 
     monkeypatch.setattr(validation, "training_losses", losses)
     measured = Validation(TrainingData(items, Course(1, 1, augmented=False)), StepPlan(items, [2], 0, ranks), None)
@@ -44,8 +45,8 @@ def test_the_mean_is_over_pictures(tmp_path, monkeypatch, ranks):
     shares = []
     for rank in range(ranks):
         runtime = SimpleNamespace(rank=rank, device=torch.device("cpu"), autocast=nullcontext, sum_over_ranks=lambda total: total)
-        task = SimpleNamespace(runtime=runtime, denoiser=denoiser, seed=1, arch=None, objective=None,
-                               encoded=SimpleNamespace(batch=encoded))
+        task = SimpleNamespace(runtime=runtime, denoiser=denoiser, modules=(denoiser,), seed=1, arch=None, objective=None,
+                               text=lambda fixed, captions: fixed, encoded=SimpleNamespace(batch=encoded))
         shares.append(measured.measure(task))
     assert sum(shares) == pytest.approx((0 + 1 + 2 + 3 + 4) / 5) and denoiser.training
     assert set(seen) == set(validation.QUANTILES)
