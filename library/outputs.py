@@ -38,8 +38,8 @@ class Outputs:
     """Decides after each step what is due and writes it, on the first rank; the others wait. A context manager."""
 
     def __init__(self, config: Config, runtime: Runtime, arch: Architecture, method: ModuleType, denoiser: nn.Module,
-                 encoders: TextEncoders, encoded: Encoded, prompts: tuple[Prompt, ...], resolution: tuple[int, int], *, total_steps: int,
-                 steps_per_epoch: int, validate: Callable[[StepReport], float | None]):
+                 encoders: TextEncoders, encoded: Encoded, prompts: tuple[Prompt, ...], resolution: tuple[int, int], *,
+                 total_steps: int, steps_per_epoch: int, validate: Callable[[StepReport], float | None]):
         self.config, self.runtime, self.arch, self.method = config, runtime, arch, method
         self.denoiser, self.encoders, self.encoded = denoiser, encoders, encoded
         self.modules: dict[str, nn.Module] = {DENOISER: denoiser, **encoders.modules}

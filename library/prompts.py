@@ -23,7 +23,8 @@ class Prompt:
     """One preview picture to render: ``width`` and ``height`` in pixels, ``steps`` of the sampler.
 
     ``cfg`` is the scale of true classifier-free guidance (1 = off: the negative prompt is not used), ``guidance`` the
-    number that guidance-distilled models take as an input; ``sampler`` is empty where the model has only one. ``place`` says where the prompt stands, for messages.
+    number that guidance-distilled models take as an input; ``sampler`` is empty where the model has only one. ``place`` says
+    where the prompt stands, for messages.
     """
 
     text: str
@@ -165,7 +166,8 @@ class _Builder:
                 self._note_inert(value_line, option, name)
             elif option.field == "sampler" and value not in self.samplers:
                 guess = nearest(str(value), self.samplers)
-                self.fail(value_line, f"{name}: there is no sampler {value!r}", f"{guess} known are {', '.join(self.samplers)}".strip())
+                self.fail(value_line, f"{name}: there is no sampler {value!r}",
+                          f"{guess} known are {', '.join(self.samplers)}".strip())
             else:
                 try:
                     fields[option.field] = _convert(option, name, value)

@@ -1,7 +1,7 @@
 """Writes docs/migrating.md: where our defaults, names and behaviour differ from the dialect of flags that people know.
 
-``PEER_DEFAULTS`` holds the dialect's default of every setting that we share with its FLUX fine-tuning script; a test
-checks that each setting stands either there or in ``NEW``, and that exactly the differences have a reason.
+``PEER_DEFAULTS`` and ``OWN_DEFAULTS`` hold the dialect's default of every setting that we share with its fine-tuning scripts; a
+test checks that each setting stands either there or in ``NEW``, and that exactly the differences have a reason.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from flux_train import ENTRY  # noqa: E402
 from library.atomic import write_atomic  # noqa: E402
 from library.config.help import default  # noqa: E402
 from library.config.values import show  # noqa: E402
-from tools.options_page import table  # noqa: E402
+from library.config.parse import Entry  # noqa: E402
+from tools.options_page import entries, table  # noqa: E402
 
 PAGE = ROOT / "docs" / "migrating.md"
 
@@ -24,13 +24,13 @@ _NONE = """config_file console_log_file pretrained_model_name_or_path dataset_co
 text_encoder_batch_size max_train_epochs output_dir save_precision save_every_n_steps save_every_n_epochs save_n_epoch_ratio
 save_last_n_epochs save_last_n_steps metadata_title metadata_author metadata_description metadata_license metadata_tags
 metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase sample_prompts sample_every_n_steps
-sample_every_n_epochs logging_dir log_with log_tracker_config wandb_run_name wandb_api_key ae clip_l t5xxl t5xxl_max_token_length
+sample_every_n_epochs logging_dir log_with log_tracker_config wandb_run_name wandb_api_key
 seed output_name save_model_as train_data_dir reg_data_dir in_json dataset_class conditioning_data_dir caption_extention
 caption_prefix caption_suffix secondary_separator face_crop_aug_range resize_interpolation validation_seed validate_every_n_steps
 validate_every_n_epochs max_validation_steps""".split()
 _OFF = """output_config console_log_simple enable_bucket bucket_no_upscale cache_latents
 cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk full_bf16 gradient_checkpointing
-sample_at_first log_config apply_t5_attn_mask cache_info debug_dataset enable_wildcard shuffle_caption color_aug flip_aug
+sample_at_first log_config cache_info debug_dataset enable_wildcard shuffle_caption color_aug flip_aug
 random_crop alpha_mask masked_loss skip_cache_check skip_latents_validity_check""".split()
 
 PEER_DEFAULTS: dict[str, object] = {
@@ -42,9 +42,25 @@ PEER_DEFAULTS: dict[str, object] = {
     "max_data_loader_n_workers": 8, "vae_batch_size": 1,
     "mixed_precision": "no", "optimizer_type": "AdamW", "optimizer_args": (), "learning_rate": 2e-6, "max_grad_norm": 1.0,
     "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 1600, "gradient_accumulation_steps": 1,
-    "timestep_sampling": "sigma", "weighting_scheme": "uniform", "discrete_flow_shift": 3.0, "sigmoid_scale": 1.0,
-    "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "model_prediction_type": "sigma_scaled", "min_timestep": 0,
-    "max_timestep": 1000, "log_prefix": "", "log_tracker_name": "finetuning", "guidance_scale": 3.5, "model_type": "flux",
+    "min_timestep": 0, "max_timestep": 1000, "log_prefix": "", "log_tracker_name": "finetuning", "loss_type": "l2",
+    "huber_schedule": "snr", "huber_c": 0.1, "huber_scale": 1.0,
+}
+
+OWN_DEFAULTS: dict[str, dict[str, object]] = {
+    "flux_train.py": {
+        **dict.fromkeys("ae clip_l t5xxl t5xxl_max_token_length".split()), "apply_t5_attn_mask": False,
+        "timestep_sampling": "sigma", "weighting_scheme": "uniform", "discrete_flow_shift": 3.0, "sigmoid_scale": 1.0,
+        "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "model_prediction_type": "sigma_scaled",
+        "guidance_scale": 3.5, "model_type": "flux",
+    },
+    "sdxl_train.py": {
+        **dict.fromkeys("vae tokenizer_cache_dir learning_rate_te1 learning_rate_te2 block_lr noise_offset adaptive_noise_scale "
+                        "multires_noise_iterations ip_noise_gamma min_snr_gamma v_pred_like_loss".split()),
+        **dict.fromkeys("no_half_vae weighted_captions train_text_encoder v_parameterization zero_terminal_snr "
+                        "noise_offset_random_strength ip_noise_gamma_random_strength debiased_estimation_loss "
+                        "scale_v_pred_loss_like_noise_pred".split(), False),
+        "max_token_length": 75, "multires_noise_discount": 0.3, "sample_sampler": "ddim",
+    },
 }
 
 NEW: dict[str, str] = {
@@ -70,9 +86,9 @@ REASONS: dict[str, str] = {
     "bucket_reso_steps": "the same, raised to a multiple of what the model needs",
     "caption_extension": "nearly all folders of captions hold `.txt`; `.caption` is still found",
     "resize_interpolation": "the same choice, under a name",
+    "huber_schedule": "`snr` has no meaning for a flow, and fails there in the dialect",
     "seed": "a run without `--seed` can be repeated too",
     "output_name": "one name for all files of a run; the dialect uses `epoch`, `at` and `last`",
-    "save_model_as": "the same: the dialect's script for this model writes nothing else either",
     "min_timestep": "the same; not given means the whole range",
     "max_timestep": "the same; not given means the whole range",
 }
@@ -110,7 +126,14 @@ BEHAVIOUR = """## Behaviour that differs
 - **`--weighting_scheme`** counts where the dialect lets it count (densities with `sigma` sampling, weights with `sigma_scaled`
   prediction) and is refused elsewhere.
 - **`--lr_warmup_steps`** means optimizer steps on any number of GPUs.
-- **`--save_model_as`** other than `safetensors` is refused: for this model the dialect ignores it.
+- **`--save_model_as`** other than `safetensors` is refused for FLUX, where the dialect ignores it. For SDXL every choice works, and
+  without one a diffusers folder is saved as a diffusers folder.
+- **SDXL's pooled embedding** is right for single files: their `text_projection` is transposed when it is read. The dialect takes it
+  as it lies, so that models trained there learned with another vector than the one they are used with.
+- **`--learning_rate_te1 0`** and zeros in `--block_lr` leave these weights without gradients. Encoders that do not train can be
+  cached while the others train. **`--weighted_captions`** goes with cached text.
+- **`v_pred` and `ztsnr` keys** of a checkpoint are obeyed, with a word in the log, and written.
+- **Weights of the loss, masks and `loss_weight`** act together in every objective, for each picture by itself.
 - **`--model_type chroma`** is refused: the dialect's fine-tuning script trains a FLUX model then.
 - **`--sample_every_*` without `--sample_prompts`** and **`--save_last_n_*` without `--save_every_n_*`** are errors.
 - **Latents** are the mean of the autoencoder's posterior, cached or not; the dialect caches one random sample of it.
@@ -155,16 +178,27 @@ BEHAVIOUR = """## Behaviour that differs
 """
 
 
-def deviations() -> dict[str, tuple[object, str]]:
+def peer_defaults(entry: Entry) -> dict[str, object]:
+    """The dialect's defaults of what its script for the same model has too."""
+    return PEER_DEFAULTS | OWN_DEFAULTS[entry.program]
+
+
+def deviations(entry: Entry) -> dict[str, tuple[object, str]]:
     """Flag -> (the dialect's default, ours in words), where the two values are not the same."""
-    return {name: (PEER_DEFAULTS[name], default(setting)) for name, setting in ENTRY.settings().items()
-            if name in PEER_DEFAULTS and PEER_DEFAULTS[name] != setting.default}
+    theirs = peer_defaults(entry)
+    return {name: (theirs[name], default(setting)) for name, setting in entry.settings().items()
+            if name in theirs and theirs[name] != setting.default}
 
 
 def page() -> str:
     """The whole page as Markdown."""
-    rows = [(f"`--{name}`", show(theirs), ours, REASONS[name]) for name, (theirs, ours) in deviations().items()]
-    lines = [INTRO, *table(("flag", "dialect", "here", "reason"), rows)]
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for entry in entries():
+        for name, (theirs, ours) in deviations(entry).items():
+            rows.setdefault((f"`--{name}`", show(theirs), ours, REASONS[name]), []).append(f"`{entry.program}`")
+    everywhere = len(entries())
+    cells = [(*row[:3], "" if len(scripts) == everywhere else ", ".join(scripts), row[3]) for row, scripts in rows.items()]
+    lines = [INTRO, *table(("flag", "dialect", "here", "only in", "reason"), cells)]
     lines += ["## Flags that are new\n", *table(("flag", "what for"), [(f"`--{name}`", reason) for name, reason in NEW.items()])]
     return "\n".join([*lines, BEHAVIOUR])
 

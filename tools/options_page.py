@@ -18,7 +18,7 @@ from library.config.parse import Entry  # noqa: E402
 from library.config.values import Setting, show  # noqa: E402
 
 PAGE = ROOT / "docs" / "options.md"
-SCRIPTS = ("flux_train",)
+SCRIPTS = ("flux_train", "sdxl_train")
 
 INTRO = """# Options
 
@@ -43,30 +43,53 @@ FOREIGN = {
 }
 
 
+def entries() -> list[Entry]:
+    """What each script offers."""
+    return [importlib.import_module(script).ENTRY for script in SCRIPTS]
+
+
 def page() -> str:
-    """The whole page as Markdown."""
-    lines = [INTRO]
-    for script in SCRIPTS:
-        lines += _script(importlib.import_module(script).ENTRY)
+    """The whole page as Markdown: what all scripts have in common, then what each adds."""
+    found = entries()
+    shared = [setting for setting in found[0].settings().values() if all(_same(entry, setting) for entry in found)]
+    records = [record for record in found[0].dialect().values()
+               if all(entry.dialect().get(record.name) == record for entry in found)]
+    lines = [INTRO, "## All scripts\n", *_settings(shared, found), *_foreign(records)]
+    for entry in found:
+        lines.append(f"## `{entry.program}`\n")
+        lines += _settings([one for one in entry.settings().values() if one.name not in {each.name for each in shared}], [entry])
+        lines += _foreign([one for one in entry.dialect().values() if one not in records])
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _script(entry: Entry) -> Iterator[str]:
-    yield f"## `{entry.program}`\n"
-    for title, group in groupby(entry.settings().values(), key=lambda setting: setting.title):
+def _same(entry: Entry, setting: Setting) -> bool:
+    """Whether the script has this setting too, but for its default."""
+    other = entry.settings().get(setting.name)
+    return other is not None and (other.title, description(other)) == (setting.title, description(setting))
+
+
+def _settings(settings: Iterable[Setting], scripts: list[Entry]) -> Iterator[str]:
+    for title, group in groupby(settings, key=lambda setting: setting.title):
         yield f"### {title}\n"
-        yield from table(("option", "default", "off", "meaning"), (_row(setting) for setting in group))
+        yield from table(("option", "default", "off", "meaning"), (_row(setting, scripts) for setting in group))
+
+
+def _foreign(records: list[Record]) -> Iterator[str]:
     for status, (title, sentence) in FOREIGN.items():
-        yield f"### {title}\n\n{sentence}\n"
-        same = [record for record in entry.dialect().values() if record.status == status]
-        yield from table(("flags", "why", "instead", "passes in silence"), _foreign_rows(same))
+        if same := [record for record in records if record.status == status]:
+            yield f"### {title}\n\n{sentence}\n"
+            yield from table(("flags", "why", "instead", "passes in silence"), _foreign_rows(same))
 
 
-def _row(setting: Setting) -> tuple[str, ...]:
+def _row(setting: Setting, scripts: list[Entry]) -> tuple[str, ...]:
     value = metavar(setting)
     name = f"`--{setting.name}{f' {value}' if value else ''}`"
     off = setting.meta["off"] or ("`=false`" if setting.kind is bool and setting.default else "")
-    return name, default(setting), off, description(setting)
+    by_default: dict[str, list[str]] = {}
+    for entry in scripts:
+        by_default.setdefault(default(entry.settings()[setting.name]), []).append(f"`{entry.program}`")
+    shown = "; ".join(f"{text} ({', '.join(programs)})" for text, programs in by_default.items())
+    return name, next(iter(by_default)) if len(by_default) == 1 else shown, off, description(setting)
 
 
 def _foreign_rows(found: Iterable[Record]) -> Iterator[tuple[str, ...]]:

@@ -88,7 +88,8 @@ class Flux:
         return load_vae(self.parts.ae, dtype, device)
 
     def load_text_encoders(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> TextEncoders:
-        load = {"clip": lambda: load_clip(self.parts.clip_l, dtype, device), "t5": lambda: load_t5(self.parts.t5xxl, dtype, device)}
+        load = {"clip": lambda: load_clip(self.parts.clip_l, dtype, device),
+                "t5": lambda: load_t5(self.parts.t5xxl, dtype, device)}
         modules = {name: load[name]() for name in names}
         tokenizers = Tokenizers(load_tokenizer(TOKENIZERS["clip_l_tokenizer"], self.parts.clip_l_tokenizer),
                                 load_tokenizer(TOKENIZERS["t5xxl_tokenizer"], self.parts.t5xxl_tokenizer))

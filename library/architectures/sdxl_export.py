@@ -23,7 +23,7 @@ from library.atomic import atomic_folder, write_atomic
 from library.checkpoint.autoencoder_keys import AUTOENCODER_QUANT
 from library.checkpoint.clip_keys import CLIP, CLIP_PROJECTED, OPEN_CLIP
 from library.checkpoint.export import Entry, Export, carry, convert, export_module
-from library.checkpoint.keymap import BoundMap, KeyMap, identity, module_shapes
+from library.checkpoint.keymap import BoundMap, KeyMap, identity
 from library.checkpoint.metadata import HASH_KEY
 from library.checkpoint.pickle_writer import archive_bytes, write_pickle
 from library.checkpoint.reader import build_on_meta

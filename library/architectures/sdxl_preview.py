@@ -65,7 +65,8 @@ def sample(denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mappin
 
     pipeline = StableDiffusionXLPipeline(
         vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=denoiser,
-        scheduler=scheduler(prompt.sampler, velocity, zero_terminal_snr), force_zeros_for_empty_prompt=False, add_watermarker=False)
+        scheduler=scheduler(prompt.sampler, velocity, zero_terminal_snr), force_zeros_for_empty_prompt=False,
+        add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     device = denoiser.conv_in.weight.device
 

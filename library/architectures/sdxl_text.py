@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.architectures.clip_chunks import ROOM, Chunks, chunk, join
+from library.architectures.clip_chunks import Chunks, chunk, join
 from library.architectures.tokenizers import refuse_unknown_tokens
 from library.errors import UserError
 
@@ -33,8 +33,8 @@ class Tokenizers:
 
 def encode_text(modules: Mapping[str, nn.Module], tokenizers: Tokenizers, captions: Sequence[str], chunks: int,
                 weighted: bool) -> dict[str, torch.Tensor]:
-    """Of ``clip_l`` its states (B, 75 chunks + 2, D); of ``clip_g`` the same, and ``pooled`` (B, P): of those that ``modules`` has,
-    in the encoders' dtypes, with gradients where they train.
+    """Of ``clip_l`` its states (B, 75 chunks + 2, D); of ``clip_g`` the same, and ``pooled`` (B, P): of those in ``modules``, in
+    the encoders' dtypes, with gradients where they train.
 
     Longer captions are encoded in ``chunks`` pieces of 75 tokens, each with a begin and an end of its own; of these the first
     begin and the last end stay. The pooled vector is that of the first piece. ``weighted``: brackets in captions weigh tokens

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.config.data_options import VALIDATION_SCHEDULE
 from library.config.save_formats import SUFFIXES, is_pipeline
-from library.config.values import show
 from library.errors import UserError, nearest, raise_all
 
 if TYPE_CHECKING:

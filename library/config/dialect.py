@@ -68,6 +68,9 @@ def _inert() -> Iterator[Record]:
                        "multires_noise_discount= zero_terminal_snr min_snr_gamma= scale_v_pred_loss_like_noise_pred "
                        "v_pred_like_loss= debiased_estimation_loss v2 v_parameterization",
                        "belongs to noise prediction; a rectified flow has no such term", neutral=(0, 0.3))
+    yield from records(INERT, "timestep_sampling= weighting_scheme= discrete_flow_shift= sigmoid_scale= logit_mean= logit_std= "
+                       "mode_scale= model_prediction_type=", "belongs to rectified flows; noise prediction has no such term",
+                       neutral=("none", "uniform", "sigma"))
     yield from records(INERT, "clip_skip=", "text encoders are read at the layers that the model was trained with",
                        neutral=(0, 1))
     yield from records(INERT, "weighted_captions", "captions are read as plain text, brackets and numbers included")
@@ -118,6 +121,8 @@ def _elsewhere() -> Iterator[Record]:
                        "enable_scaled_pos_embed save_clip save_t5xxl t5xxl_device= t5xxl_dtype= use_t5xxl_cache_only "
                        "use_flash_attn use_sage_attn no_half_vae sample_batch_size= controlnet_model_name_or_path=", *other,
                        neutral=(0,))
+    yield from records(ELSEWHERE, "ae= clip_l= t5xxl= t5xxl_max_token_length= apply_t5_attn_mask guidance_scale= model_type= "
+                       "double_blocks_to_swap= single_blocks_to_swap=", *other, neutral=(0,))
     yield from records(ELSEWHERE, "train_text_encoder train_t5xxl learning_rate_te1= learning_rate_te2= learning_rate_te3= "
                        "block_lr= num_last_block_to_freeze=", *other, neutral=(0,))
     yield from records(ELSEWHERE, "training_shift=", other[0], "write --discrete_flow_shift", (1,))

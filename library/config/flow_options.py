@@ -56,9 +56,9 @@ class FlowOptions:
                            "give a smaller min_timestep or a larger max_timestep")
         for name, (counts, needs) in _OBJECTIVE_NEEDS.items():
             if name in changed and not counts(self):
+                given = f"--timestep_sampling {self.timestep_sampling} and --weighting_scheme {self.weighting_scheme}"
                 yield conflict(config, f"{name} timestep_sampling weighting_scheme",
-                               f"{show(getattr(self, name))} would have no effect with --timestep_sampling {self.timestep_sampling} "
-                               f"and --weighting_scheme {self.weighting_scheme}", f"leave it out, or use {needs}")
+                               f"{show(getattr(self, name))} would have no effect with {given}", f"leave it out, or use {needs}")
         scheme = self.weighting_scheme
         if scheme in _DENSITIES and self.timestep_sampling != "sigma":
             yield conflict(config, "weighting_scheme timestep_sampling",
@@ -67,7 +67,8 @@ class FlowOptions:
         if scheme in _WEIGHTS and self.model_prediction_type != "sigma_scaled":
             yield conflict(config, "weighting_scheme model_prediction_type",
                            f"{scheme} is a weight of the loss and has no effect with --model_prediction_type "
-                           f"{self.model_prediction_type}", "use --model_prediction_type sigma_scaled, or --weighting_scheme none")
+                           f"{self.model_prediction_type}",
+                           "use --model_prediction_type sigma_scaled, or --weighting_scheme none")
         if config.loss.rounded and config.loss.huber_schedule == "snr":
             yield conflict(config, "huber_schedule loss_type", "snr needs a table of signal-to-noise ratios, which a rectified "
                            "flow does not have", "use --huber_schedule exponential or constant")

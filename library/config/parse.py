@@ -54,9 +54,9 @@ class Entry:
         return {
             "model": schema.ModelOptions, "architecture": self.architecture_options, "dataset": DatasetOptions,
             "caching": CachingOptions, "training": schema.TrainingOptions, "optimizer": schema.OptimizerOptions,
-            "objective": self.objective_options, "loss": LossOptions, "precision": schema.PrecisionOptions, "memory": schema.MemoryOptions,
-            "saving": schema.SavingOptions, "metadata": schema.MetadataOptions, "sampling": schema.SamplingOptions,
-            "logging": schema.LoggingOptions, "general": schema.GeneralOptions,
+            "objective": self.objective_options, "loss": LossOptions, "precision": schema.PrecisionOptions,
+            "memory": schema.MemoryOptions, "saving": schema.SavingOptions, "metadata": schema.MetadataOptions,
+            "sampling": schema.SamplingOptions, "logging": schema.LoggingOptions, "general": schema.GeneralOptions,
         }
 
     def settings(self) -> dict[str, Setting]:

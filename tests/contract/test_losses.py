@@ -45,7 +45,7 @@ def test_features_leave_the_losses_alone(case, train, data, tmp_path, flags):
     extra = ("--cache_dir", str(tmp_path / "cache")) if "--cache_latents_to_disk" in flags else ()
     plain = losses(train(tmp_path / "plain", data, *STEPS, *CACHED))
     featured = losses(train(tmp_path / "featured", data, *STEPS, *CACHED, *flags, *extra))
-    assert featured == pytest.approx(plain, rel=1e-6)
+    assert featured == pytest.approx(plain, rel=5e-6)  # sums in batches of another size
     if extra:  # the second run reads what the first one wrote
         assert losses(train(tmp_path / "again", data, *STEPS, *CACHED, *flags, *extra)) == featured
 

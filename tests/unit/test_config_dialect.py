@@ -4,24 +4,28 @@ from pathlib import Path
 
 import pytest
 
-from flux_train import ENTRY
+import flux_train
+import sdxl_train
 from library.config.dialect import DIALECT, ELSEWHERE, INERT, LATER
 from library.config.parse import parse
 from library.errors import UserError
 
+ENTRY, ENTRIES = flux_train.ENTRY, (flux_train.ENTRY, sdxl_train.ENTRY)
 NAMES = (Path(__file__).parents[1] / "data" / "dialect_flags.txt").read_text().split()
 REQUIRED = ["--pretrained_model_name_or_path", ".", "--dataset_config", __file__, "--output_dir", "out"]
 
 
-def test_every_flag_of_the_dialect_is_known():
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.program)
+def test_every_flag_of_the_dialect_is_known(entry):
     """The list: names of all flags of the dialect's fine-tuning and LoRA scripts (census, sections 1.1 to 1.12)."""
     assert len(NAMES) > 240
-    assert set(NAMES) - set(ENTRY.settings()) - set(ENTRY.dialect()) == set()
+    assert set(NAMES) - set(entry.settings()) - set(entry.dialect()) == set()
 
 
-def test_records_are_flags_of_the_dialect():
-    assert set(DIALECT) | {record.name for record in ENTRY.architecture_options.dialect} <= set(NAMES)
-    assert not set(ENTRY.dialect()) & set(ENTRY.settings())
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.program)
+def test_records_are_flags_of_the_dialect(entry):
+    assert set(DIALECT) | {record.name for record in entry.architecture_options.dialect} <= set(NAMES)
+    assert not set(entry.dialect()) & set(entry.settings())
 
 
 @pytest.mark.parametrize("record", ENTRY.dialect().values(), ids=lambda record: record.name)
@@ -51,10 +55,10 @@ def test_values_that_ask_for_nothing_pass_in_silence(tmp_path):
 
 def test_other_values_of_the_same_flags_do_not():
     with pytest.raises(UserError) as caught:
-        parse(ENTRY, [*REQUIRED, "--loss_type", "huber", "--ip_noise_gamma", "0.1", "--network_dim", "0",
+        parse(ENTRY, [*REQUIRED, "--clip_skip", "2", "--ip_noise_gamma", "0.1", "--network_dim", "0",
                       "--network_args", "a=1", "b=2"], {})
     assert [line.split(":")[0] for line in caught.value.problems] == [
-        "--loss_type", "--ip_noise_gamma", "--network_dim", "--network_args"]
+        "--clip_skip", "--ip_noise_gamma", "--network_dim", "--network_args"]
 
 
 def test_inert_flag_from_the_file_is_named_with_its_line(tmp_path):
