@@ -215,9 +215,8 @@ def without_padding(text: Text, trim: Mapping[str, str]) -> dict[str, torch.Tens
 
 
 def _batch_encoder(arch: Architecture, device: torch.device, vae: Lazy, encoders: Lazy | None):
-    """See ``Encoded.batch``; ``encoders`` None: all of them train. What is encoded here is rounded as the cache rounds it, so that
-    a run with caches and one
-    without see the same numbers."""
+    """See ``Encoded.batch``; ``encoders`` None: all of them train. What is encoded here is rounded as the cache rounds it, so
+    that a run with caches and one without see the same numbers."""
 
     def on_device(value: torch.Tensor) -> torch.Tensor:
         value = value.to(device, non_blocking=True)
