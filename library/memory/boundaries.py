@@ -8,6 +8,7 @@ created by later blocks has run, their parameters' gradients included.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 
@@ -40,6 +41,8 @@ class Boundaries:
         self._task: int | None = None  # autograd's number of the backward pass under way
         self._running: int | None = None
         self._hooks = []
+        # Said of blocks that get their inputs by keyword; it concerns hooks that want gradients of inputs.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed with respect to")
         for place, block in enumerate(self.blocks):
             self._hooks.append(block.register_forward_pre_hook(partial(self._forward, place), with_kwargs=True))
             self._hooks.append(block.register_full_backward_pre_hook(partial(self._backward, place)))

@@ -46,7 +46,7 @@ class Model(nn.Module):
     def __init__(self, blocks: int, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.first, self.time = nn.Linear(5, WIDTH), nn.Linear(1, WIDTH)
-        self.blocks = nn.ModuleList(Block(hidden=40 if index % 2 else 72) for index in range(blocks))
+        self.blocks = nn.ModuleList(Block(hidden=40 if index % 2 else 176) for index in range(blocks))
         self.last, self.idle = nn.Linear(WIDTH, 5), nn.Linear(2, 2)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from library.memory.streaming import Streaming
 from library.memory.transport import CpuTransport
 from library.optim.groups import Group
 from library.optim.schedule import Schedule
-from library.optim.updater import StepAfterBackward
+from library.optim.updater import NonFinite, StepAfterBackward
 from tests.unit.memory_helpers import LateTransport, Model, Run, Setting, assert_same
 
 TRANSPORTS = pytest.mark.parametrize("transport", [CpuTransport, LateTransport], ids=["immediate", "late"])
@@ -82,8 +82,9 @@ def test_any_number_of_blocks_look_ahead_and_mode(data):
 def test_evicted_blocks_are_nan_and_nobody_notices(unit, look_ahead, micro):
     same = dict(blocks=5, micro=micro)
     run = check(Setting(streamed=5, look_ahead=look_ahead, unit=unit, poison=True, stream_states=True, **same), **same)
-    nan = [any(p.isnan().any() for p in block.parameters()) for block in run.model.blocks]
-    assert nan.count(True) == 5 - (look_ahead + 1)
+    run.train(STEPS, STEPS + 1)
+    nan = [all(p.isnan().all() for p in block.parameters()) for block in run.model.blocks]
+    assert nan == [number > look_ahead for number in range(5)]
 
 
 def test_the_poison_works():
@@ -104,7 +105,11 @@ def test_the_late_transport_works():
         else:
             copy = transport.copy
             transport.copy = lambda target, source, lane, after, done: copy(target, source, lane, None, done)
-        assert run.train(0, STEPS) != resident(blocks=5).train(0, STEPS), forgotten
+        try:
+            losses = run.train(0, STEPS)
+        except NonFinite:
+            continue
+        assert losses != resident(blocks=5).train(0, STEPS), forgotten
 
 
 def test_every_parameter_moves_though_one_of_each_unit_gets_no_gradient():
