@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from library.memory.transport import Lane, Transport
 
@@ -36,11 +37,12 @@ class Offload:
         size = tensor.numel() * tensor.itemsize
         if tensor.device != self._transport.device or size < self._smallest or isinstance(tensor, torch.nn.Parameter):
             return tensor
-        again = next((k for k in (ref() for ref in self._kept[-4:]) if k is not None and k.is_of(tensor)), None)
+        alive = [kept for ref in self._kept if (kept := ref()) is not None]
+        again = next((kept for kept in alive if kept.is_of(tensor)), None)  # what all blocks get, as encoded text
         if again is not None:
             return again
         kept = _Kept(self, tensor.detach(), self._free[size].pop() if self._free[size] else _Buffer(self._transport, size))
-        self._kept = [ref for ref in self._kept if ref() is not None] + [weakref.ref(kept)]
+        self._kept = [weakref.ref(one) for one in (*alive, kept)]
         self._leaving.append(kept)
         while len(self._leaving) > 2:  # by now the copy is done: nobody really waits
             self._leaving.popleft().let_go()
@@ -50,8 +52,7 @@ class Offload:
     def _unpack(self, packed: Tensor | _Kept) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        while self._leaving:
-            self._leaving.popleft().let_go()
+        self._leaving.clear()  # the last ones of the forward pass are here still and are the first to be needed
         order = [kept for ref in self._kept if (kept := ref()) is not None]
         here = order.index(packed)
         for kept in reversed(order[max(0, here - self._prefetch):here + 1]):
@@ -72,16 +73,19 @@ class _Kept:
 
     def __init__(self, owner: Offload, tensor: Tensor, buffer: _Buffer):
         self._owner, self._buffer = owner, buffer
-        self._shape, self._dtype = tensor.shape, tensor.dtype
-        self._address, self._version = tensor.data_ptr(), tensor._version
+        self._shape, self._dtype, self._stride = tensor.shape, tensor.dtype, tensor.stride()
+        # Weak, so that it keeps no memory; while it is there, no other storage gets the same number.
+        self._storage, self._version = StorageWeakRef(tensor.untyped_storage()), tensor._version
+        self._offset = tensor.storage_offset()
         self._here: Tensor | None = tensor
         self._fetched = False
         self._copied = tensor.contiguous()
         owner._transport.copy(buffer.bytes, _as_bytes(self._copied), Lane.ACTIVATIONS, None, buffer.out)
 
     def is_of(self, tensor: Tensor) -> bool:
-        return (self._here is not None and not self._fetched and tensor.data_ptr() == self._address and
-                tensor._version == self._version and tensor.shape == self._shape and tensor.dtype == self._dtype)
+        return (tensor.untyped_storage()._cdata == self._storage.cdata and tensor.storage_offset() == self._offset and
+                tensor._version == self._version and tensor.shape == self._shape and tensor.dtype == self._dtype and
+                tensor.stride() == self._stride)
 
     def let_go(self) -> None:
         """Give up the device's copy: whoever gets its memory must wait until it has been read."""
@@ -103,6 +107,10 @@ class _Kept:
         return self._here
 
     def __del__(self):
+        if self._copied is not None:  # memory of the device is about to be given up, as in let_go
+            self._owner._transport.wait(self._buffer.out)
+        if self._fetched:
+            self._owner._transport.wait(self._buffer.back)
         self._owner._free[self._buffer.bytes.numel()].append(self._buffer)
 
 
