@@ -87,6 +87,7 @@ REASONS: dict[str, str] = {
     "caption_extension": "nearly all folders of captions hold `.txt`; `.caption` is still found",
     "resize_interpolation": "the same choice, under a name",
     "huber_schedule": "`snr` has no meaning for a flow, and fails there in the dialect",
+    "max_grad_norm": "the same, except where weights are updated during the backward pass and no such norm is known",
     "seed": "a run without `--seed` can be repeated too",
     "output_name": "one name for all files of a run; the dialect uses `epoch`, `at` and `last`",
     "min_timestep": "the same; not given means the whole range",

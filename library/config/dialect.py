@@ -80,14 +80,8 @@ def _inert() -> Iterator[Record]:
 
 
 def _later() -> Iterator[Record]:
-    memory = ("leave it out; meanwhile --gradient_checkpointing, --cache_latents, --cache_text_encoder_outputs and "
-              "--optimizer_type AdamW8bit or Adafactor save memory")
-    yield from records(LATER, "blocks_to_swap=", "not built yet: keeping blocks in CPU memory", memory, (0,))
-    yield from records(LATER, "blockwise_fused_optimizers fused_backward_pass",
-                       "not built yet: stepping inside the backward pass", memory)
-    yield from records(LATER, "fused_optimizer_groups=", "not built yet: stepping inside the backward pass", memory, (0,))
-    yield from records(LATER, "cpu_offload_checkpointing", "not built yet: keeping activations in CPU memory",
-                       "use --gradient_checkpointing alone")
+    yield from records(LATER, "fused_optimizer_groups=", "groups of parameters are updated by block here",
+                       "use --blockwise_fused_optimizers", (0,))
     yield from records(LATER, "full_fp16", "weights kept in fp16 lose most updates and overflow", "use --full_bf16")
     yield from records(LATER, "torch_compile", "not built yet: compiling the model",
                        "leave it out: it would change the speed only")

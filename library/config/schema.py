@@ -61,7 +61,8 @@ class OptimizerOptions:
     optimizer_args: tuple[str, ...] = flag((), 'its own arguments, for instance weight_decay=0.01 "betas=0.9,0.99"',
                                            nargs="+", metavar="K=V")
     learning_rate: float = flag(2e-6, "learning rate after warm-up", minimum=0)
-    max_grad_norm: float = flag(1.0, "scale gradients down to this global norm", minimum=0, off="0")
+    max_grad_norm: float | None = flag(None, "scale gradients down to this global norm; 0: never", minimum=0,
+                                       default_text="1, or 0 when weights are updated during the backward pass")
     lr_scheduler: str = flag("constant", "course of the learning rate",
                              choices=("constant", "constant_with_warmup", "cosine", "linear"))
     lr_warmup_steps: int | float = flag(0, "rise from 0 over N steps, or over a share of the run (0.1 or 10%)",
@@ -75,14 +76,6 @@ class TrainingOptions:
     max_train_steps: int = flag(1600, "optimizer steps", minimum=1)
     max_train_epochs: int | None = flag(None, "passes over the dataset (overrides --max_train_steps)", minimum=0, off="0")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", minimum=1, off="1")
-
-
-@dataclass(frozen=True)
-class MemoryOptions:
-    title: ClassVar[str] = "Memory"
-
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: much less memory, "
-                                        "about a third slower")
 
 
 @dataclass(frozen=True)

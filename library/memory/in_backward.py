@@ -52,6 +52,8 @@ class StepInBackward(Listener):
     rank must have gradients for the same parameters.
     """
 
+    inside_backward = True
+
     def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group], schedule: Callable[[int, int], float],
                  unit: Literal["parameter", "block"], boundaries: Boundaries, streaming: Streaming | None = None,
                  rounding: StochasticRounding | None = None, max_grad_norm: float = 0.0, average: Average | None = None,

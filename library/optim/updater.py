@@ -39,6 +39,8 @@ class StepAfterBackward:
     ``rounding``, ``optimizer`` was built over ``rounding.groups``; ``groups`` always hold the model's own parameters.
     """
 
+    inside_backward = False  # whether weights change before the backward pass is at its end
+
     def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group], schedule: Callable[[int, int], float],
                  max_grad_norm: float, rounding: StochasticRounding | None = None):
         self._optimizer = optimizer
