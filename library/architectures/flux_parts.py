@@ -167,7 +167,7 @@ def describe(source: Source) -> FluxFile:
                         remedy="give the bf16, fp16, fp32 or fp8 file of the model")
     if not title.startswith("a FLUX.1 transformer"):
         raise UserError(f"{source.path} is not a FLUX.1 checkpoint: it looks like {title}", place=FLAG,
-                        remedy="give a FLUX.1-dev or FLUX.1-schnell checkpoint")
+                        remedy=known_keys.other_script(title, "give a FLUX.1-dev or FLUX.1-schnell checkpoint"))
     prefix = known_keys.transformer_prefix(tensors)
     view = source.view(prefix) if prefix else source
     names = view.tensors

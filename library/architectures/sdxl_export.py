@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from library.architectures import clip, vae
+from library.architectures.clip_chunks import CONTEXT
 from library.architectures.loading import fitting
 from library.architectures.sdxl_models import build_unet, unet_layouts, unet_table
 from library.architectures.sdxl_options import SCALING
@@ -126,6 +127,7 @@ def write_folder(folder: Path, parts: SdxlParts, trained: Mapping[str, nn.Module
         index[place] = kind
     for place, spec, found in (("tokenizer", TOKENIZER, parts.tokenizer), ("tokenizer_2", TOKENIZER_2, parts.tokenizer_2)):
         tokenizer = load_tokenizer(spec, found)
+        tokenizer.model_max_length = CONTEXT  # pipelines cut captions there, and the input's files may not say it
         if spec is TOKENIZER_2:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
         tokenizer.save_pretrained(folder / place)

@@ -175,8 +175,9 @@ def _refuse_other_models(source: Source) -> None:
         title = "an SDXL checkpoint trained on the EDM noise schedule, which this objective has not"
     elif title.startswith(("an SDXL checkpoint", "an SDXL UNet")):
         return
+    wanted = "give an SDXL checkpoint (base 1.0 or a model trained from it)"
     raise UserError(f"{source.path} is not an SDXL base checkpoint: it looks like {title}", place=FLAG,
-                    remedy="give an SDXL checkpoint (base 1.0 or a model trained from it)")
+                    remedy=wanted if title.startswith("an SDXL") else known_keys.other_script(title, wanted))
 
 
 def _key_facts(layout: str, names: Tensors) -> tuple[str, str, str]:

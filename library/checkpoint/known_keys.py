@@ -37,6 +37,7 @@ MODELS = [
     ((r"^model\.layers\.\d+\.(self_attn|mlp)\.", ), "a language model"),
     ((r"^layers\.\d+\.self_attn\.", ), "a language model"),
 ]
+SCRIPTS = {"a FLUX.1": "flux_train.py", "an SDXL": "sdxl_train.py"}  # how a title begins -> what trains such a model
 QUANTISED = [
     (r"\.quant_state\.bitsandbytes__|\.absmax$|\.quant_map$", "bitsandbytes 4-bit (nf4 / fp4)"),
     (r"\.SCB$", "bitsandbytes 8-bit"),
@@ -55,6 +56,12 @@ def recognise(tensors: Tensors) -> str:
             return title
     few = ", ".join(list(tensors)[:3])
     return f"something unknown ({len(tensors)} tensors: {few}{', ...' if len(tensors) > 3 else ''})"
+
+
+def other_script(title: str, instead: str) -> str:
+    """The remedy for a file that is ``title`` (see ``recognise``) where another kind was expected: ``instead`` says which."""
+    script = next((script for start, script in SCRIPTS.items() if title.startswith(start)), "")
+    return f"train it with {script}, or {instead}" if script else instead
 
 
 def quantisation(tensors: Tensors) -> str:

@@ -51,9 +51,9 @@ def launch(command: Sequence[str], *arguments: object) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def run_all(*commands: Sequence[object]) -> list[Done]:
+def run_all(*commands: Sequence[object], script: str = SCRIPT) -> list[Done]:
     """The script once with each list of arguments, one after the other in one fresh process."""
-    code = _SEVERAL.format(script=str(ROOT / SCRIPT))
+    code = _SEVERAL.format(script=str(ROOT / script))
     arguments = json.dumps([[str(one) for one in command] for command in commands])
     done = subprocess.run([sys.executable, "-c", code], input=arguments, cwd=ROOT, capture_output=True, timeout=LIMIT, text=True,
                           encoding="utf-8", env=environment(PYTHONPATH=str(ROOT), PYTHONIOENCODING="utf-8"))
