@@ -62,7 +62,7 @@ def test_flags_that_change_nothing_are_said_to(tmp_path):
 
 @pytest.mark.parametrize("page", ["docs/sdxl.md", "README.md"])
 def test_its_command_is_valid(page, tmp_path, monkeypatch):
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
     command = shlex.split(next(block for block in blocks if "sdxl_train.py" in block).replace("\\\n", " "))
     command = command[command.index("accelerate"):]
     monkeypatch.chdir(tmp_path)
