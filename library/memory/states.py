@@ -36,7 +36,7 @@ class StreamedStates:
             host.append(streaming.transport.host(layouts[-1].size))
         self.sizes = tuple(layout.size for layout in layouts)
         self.ring = streaming.make_ring(host, self.sizes)
-        self._host = [layout.views(region) for layout, region in zip(layouts, self.ring.host, strict=True)]
+        self._host = [layout.host_views(region) for layout, region in zip(layouts, self.ring.host, strict=True)]
         self._device = [layout.views(region) for layout, region in zip(layouts, self.ring.device, strict=True)]
         streaming.step_rings.append(self.ring)
 
