@@ -1,5 +1,7 @@
 """The facts about torch that the memory engine rests on."""
 
+import warnings
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -89,9 +91,19 @@ def test_no_gradients_no_backward_and_an_exception_is_noticed():
     assert log[-1] == ("a", "leave_backward", 0) and ("a", "abort") not in log
 
 
-def test_a_step_that_ends_is_quiet():
-    import warnings
+def test_outputs_whose_gradients_nobody_would_see_are_caught():
+    class Nested(torch.nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, (y,)
 
+    block = Nested(2, 2)
+    Boundaries([block])
+    with pytest.raises(AssertionError, match="Nested returns .'Tensor', 'tuple'.: its backward pass cannot be seen"):
+        block(torch.ones(1, 2))
+
+
+def test_keyword_inputs_give_no_warning():
     model, _, _ = watched(1)
     model.blocks[0].requires_grad_(True)
     with warnings.catch_warnings(record=True) as said:
