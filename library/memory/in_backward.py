@@ -187,8 +187,10 @@ class StepInBackward(Listener):
             unit.step = self._step
             for held, group in unit.held:
                 held["lr"] = group.learning_rate * self._factor
+            addresses = [parameter.data_ptr() for parameter in live]
             self._run_optimizer([held for held, _ in unit.held], live)
             if self._streaming is not None and unit.place in self._streaming.number:
+                assert addresses == [parameter.data_ptr() for parameter in live], "the optimizer put weights elsewhere"
                 self._streaming.changed(unit.place)
                 if self._states is not None:
                     self._states.changed(unit.place)

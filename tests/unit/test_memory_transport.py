@@ -2,12 +2,15 @@
 
 import contextlib
 import mmap
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from library.errors import UserError
-from library.memory.transport import CpuTransport, CudaTransport, Lane, open_transport
+from library.memory.transport import CpuTransport, CudaTransport, Lane, _pages, open_transport
 from tests.unit.memory_helpers import Run, Setting, assert_same
 
 
@@ -107,6 +110,17 @@ def test_host_memory_is_pinned_page_by_page_and_never_to_a_power_of_two(monkeypa
     region.fill_(7)
     transport.close()
     assert not driver.registered and (region == 7).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_forked_processes_do_not_get_pinned_pages():
+    region = _pages(10 * mmap.PAGESIZE)
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    start = next(index for index, line in enumerate(lines)
+                 if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line) and
+                 int(line.split("-")[0], 16) <= region.data_ptr() < int(line.split("-")[1].split()[0], 16))
+    flags = next(line for line in lines[start:] if line.startswith("VmFlags:")).split()
+    assert "dc" in flags  # do not copy on fork
 
 
 def test_memory_that_cannot_be_pinned_is_told(monkeypatch):
