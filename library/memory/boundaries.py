@@ -32,6 +32,19 @@ class Listener:
         """The backward pass was broken off by an exception. Noticed when the next pass begins."""
 
 
+class _Look:
+    """Looks at the first output of a block: backward hooks see tensors and tuples of them, and would miss all others silently."""
+
+    seen = False
+
+    def __call__(self, block: nn.Module, args: tuple, output: object) -> None:
+        if not self.seen:
+            parts = output if isinstance(output, tuple) else (output,)
+            assert all(part is None or isinstance(part, torch.Tensor) for part in parts), \
+                f"a {type(block).__name__} returns {[type(part).__name__ for part in parts]}: its backward pass cannot be seen"
+            self.seen = True
+
+
 class Boundaries:
     """Tells ``listeners``: in their order on entering, in reverse on leaving. ``detach()`` takes the hooks off."""
 
@@ -46,6 +59,7 @@ class Boundaries:
         for place, block in enumerate(self.blocks):
             self._hooks.append(block.register_forward_pre_hook(partial(self._forward, place), with_kwargs=True))
             self._hooks.append(block.register_full_backward_pre_hook(partial(self._backward, place)))
+            self._hooks.append(block.register_forward_hook(_Look()))
 
     def detach(self) -> None:
         for hook in self._hooks:

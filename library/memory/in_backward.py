@@ -18,7 +18,7 @@ from library.memory.states import StreamedStates, probe_states
 from library.memory.streaming import Streaming
 from library.optim.groups import Group, named_parameters
 from library.optim.rounding import StochasticRounding
-from library.optim.updater import UpdateInfo, named_state, non_finite, take_state, total_norm
+from library.optim.updater import UpdateInfo, named_state, non_finite, require_names, take_state, total_norm
 
 Average = Callable[[Sequence[Tensor]], None]
 """Replaces gradients, in place, by their means over all ranks. Called on every rank for the same tensors in the same order."""
@@ -154,10 +154,14 @@ class StepInBackward(Listener):
         return named
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """See ``updater.take_state``."""
-        take_state(self._optimizer, self._stepped, state)
+        """See ``updater.take_state``. Streamed states pass over the device one parameter at a time."""
+        require_names(self._stepped, state)
         if self._states is not None:
-            self._states.load()
+            self._states.forget()
+        for name, parameter in self._stepped.items():
+            take_state(self._optimizer, {name: parameter}, {name: state[name]})
+            if self._states is not None:
+                self._states.load(parameter)
 
     def detach(self) -> None:
         """Take the hooks off; the optimizer is left as ``StepAfterBackward`` would have it."""
@@ -185,8 +189,10 @@ class StepInBackward(Listener):
             unit.step = self._step
             for held, group in unit.held:
                 held["lr"] = group.learning_rate * self._factor
+            addresses = [parameter.data_ptr() for parameter in live]
             self._run_optimizer([held for held, _ in unit.held], live)
             if self._streaming is not None and unit.place in self._streaming.number:
+                assert addresses == [parameter.data_ptr() for parameter in live], "the optimizer put weights elsewhere"
                 self._streaming.changed(unit.place)
                 if self._states is not None:
                     self._states.changed(unit.place)

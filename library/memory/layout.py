@@ -36,6 +36,13 @@ class Layout:
         """``region`` (>= size,) uint8 -> a tensor for each place, all looking into it."""
         return [region[p.offset:p.offset + p.size].view(p.dtype).view(p.shape) for p in self.places]
 
+    def host_views(self, region: Tensor) -> list[Tensor]:
+        """The same for a region on the host, as tensors that seem to own their memory: what saves tensors (torch.save,
+        safetensors) would otherwise take them for parts of one and write all of it, or refuse."""
+        content = region.numpy()
+        parts = (torch.from_numpy(content[p.offset:p.offset + p.size]) for p in self.places)
+        return [part.view(p.dtype).view(p.shape) for part, p in zip(parts, self.places, strict=True)]
+
 
 def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT

@@ -79,7 +79,10 @@ class _Kept:
         self._offset = tensor.storage_offset()
         self._here: Tensor | None = tensor
         self._fetched = False
-        self._copied = tensor.contiguous()
+        # Strides come back as they were, so that the same kernels run again; gaps and overlaps do not.
+        dense = torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+        self._copied = tensor if dense else tensor.contiguous()
+        self._strides_back = self._copied.stride()
         owner._transport.copy(buffer.bytes, _as_bytes(self._copied), Lane.ACTIVATIONS, None, buffer.out)
 
     def is_of(self, tensor: Tensor) -> bool:
@@ -95,7 +98,8 @@ class _Kept:
 
     def fetch(self) -> None:
         if self._here is None:
-            self._here = torch.empty(self._shape, dtype=self._dtype, device=self._owner._transport.device)
+            self._here = torch.empty_strided(self._shape, self._strides_back, dtype=self._dtype,
+                                             device=self._owner._transport.device)
             self._owner._transport.copy(_as_bytes(self._here), self._buffer.bytes, Lane.ACTIVATIONS, self._buffer.out,
                                         self._buffer.back)
             self._fetched = True
@@ -115,4 +119,4 @@ class _Kept:
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(-1).view(torch.uint8)
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()).view(torch.uint8)

@@ -34,9 +34,13 @@ class StreamedStates:
             self._keys.append(list(specs))
             layouts.append(lay_out(specs.values()))
             host.append(streaming.transport.host(layouts[-1].size))
+        self._indices: dict[int, list[tuple[int, int]]] = {}
+        for number, keys in enumerate(self._keys):
+            for index, (parameter, _) in enumerate(keys):
+                self._indices.setdefault(id(parameter), []).append((number, index))
         self.sizes = tuple(layout.size for layout in layouts)
         self.ring = streaming.make_ring(host, self.sizes)
-        self._host = [layout.views(region) for layout, region in zip(layouts, self.ring.host, strict=True)]
+        self._host = [layout.host_views(region) for layout, region in zip(layouts, self.ring.host, strict=True)]
         self._device = [layout.views(region) for layout, region in zip(layouts, self.ring.device, strict=True)]
         streaming.step_rings.append(self.ring)
 
@@ -48,32 +52,35 @@ class StreamedStates:
     def take(self, place: int) -> None:
         """All steps of the block are done: move the states that the optimizer has just made to where they belong."""
         number = self._streaming.number[place]
-        self._take(number, self._device[number])
-
-    def _take(self, number: int, views: Sequence[Tensor]) -> None:
-        """Move into ``views`` what the optimizer made itself; there is nothing to do when it works in place."""
-        for (parameter, key), view, slot in zip(self._keys[number], views, self._device[number], strict=True):
+        for (parameter, key), slot in zip(self._keys[number], self._device[number], strict=True):
             state = self._optimizer.state.get(parameter)
-            if state and state[key] is not slot:
-                view.copy_(state[key])
+            if state and state[key] is not slot:  # never again for an optimizer that works in place
+                slot.copy_(state[key])
                 state[key] = slot
 
     def save(self, named: Mapping[str, dict[str, Any]], stepped: Mapping[str, Parameter]) -> None:
         """Let ``named`` (of ``updater.named_state``) show the host copies, brought up to date."""
         self._streaming.settle()
-        host = {(id(p), key): view for keys, views in zip(self._keys, self._host, strict=True)
-                for (p, key), view in zip(keys, views, strict=True)}
         for name, parameter in stepped.items():
-            named[name].update({key: host[id(parameter), key] for key in named[name] if (id(parameter), key) in host})
+            for number, index in self._indices.get(id(parameter), ()):
+                key = self._keys[number][index][1]
+                if key in named[name]:
+                    named[name][key] = self._host[number][index]
 
-    @torch.no_grad()
-    def load(self) -> None:
-        """Take what was put into ``optimizer.state`` from outside."""
+    def forget(self) -> None:
+        """All of it is about to be loaded."""
         self._streaming.settle()
         self.ring.forget()
-        for number, views in enumerate(self._host):
-            self._take(number, views)
-            self.ring.filled[number] = True
+
+    @torch.no_grad()
+    def load(self, parameter: Parameter) -> None:
+        """Take what was put into ``optimizer.state`` for it from outside."""
+        for number, index in self._indices.get(id(parameter), ()):
+            key, state = self._keys[number][index][1], self._optimizer.state.get(parameter)
+            if state and key in state:
+                self._host[number][index].copy_(state[key])
+                state[key] = self._device[number][index]
+                self.ring.filled[number] = True
 
 
 def probe_states(step: Callable[[Parameter, Parameter], Mapping[str, Any]]) -> Callable[[Parameter], Specs]:

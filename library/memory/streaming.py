@@ -64,7 +64,7 @@ class Streaming(Listener):
         changing = [lay_out_tensors(trained).size for trained in self.trained]  # the trained ones stand in front
         self.weights = self.make_ring(host, changing)
         self.weights.filled = [True] * len(host)
-        self._host_views = [layout.views(region) for layout, region in zip(self.layouts, self.weights.host, strict=True)]
+        self._host_views = [layout.host_views(region) for layout, region in zip(self.layouts, self.weights.host, strict=True)]
         self._device_views = [layout.views(region) for layout, region in zip(self.layouts, self.weights.device, strict=True)]
         self._point(self._device_views)
         for block in self.blocks:
@@ -163,7 +163,7 @@ def _moving(block: nn.Module, stays: Callable[[Parameter], bool]) -> list[Tensor
 
 def _fill(region: Tensor, layout: Layout, tensors: Sequence[Tensor]) -> Tensor:
     """Move ``tensors`` into ``region``: their old memory is given up."""
-    for tensor, view in zip(tensors, layout.views(region), strict=True):
+    for tensor, view in zip(tensors, layout.host_views(region), strict=True):
         view.copy_(tensor.detach())
         tensor.data = view
     return region

@@ -129,16 +129,21 @@ def named_state(optimizer: torch.optim.Optimizer, stepped: Mapping[str, Tensor])
     return {name: dict(optimizer.state.get(parameter, {})) for name, parameter in stepped.items()}
 
 
+def require_names(stepped: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """UserError unless ``state`` is of the parameters ``stepped``."""
+    if state.keys() != stepped.keys():
+        stray = sorted(state.keys() ^ stepped.keys())
+        raise UserError(f"the saved optimizer state is of other weights ({len(stray)} names stand on one side only, such as "
+                        f"{stray[0]!r})", remedy="resume with the model and the settings that the state was saved with")
+
+
 def take_state(optimizer: torch.optim.Optimizer, stepped: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]) -> None:
     """Take over a state made by ``named_state``, bit for bit. UserError when it is of other parameters.
 
     The optimizers' own load_state_dict is avoided: it matches parameters by position, and casts float state to the dtype of
     the weights, which for bfloat16 weights loses most of it.
     """
-    if state.keys() != stepped.keys():
-        stray = sorted(state.keys() ^ stepped.keys())
-        raise UserError(f"the saved optimizer state is of other weights ({len(stray)} names stand on one side only, such as "
-                        f"{stray[0]!r})", remedy="resume with the model and the settings that the state was saved with")
+    require_names(stepped, state)
     settings = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in stepped.items():
         optimizer.state.pop(parameter, None)
