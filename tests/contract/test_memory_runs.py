@@ -1,9 +1,12 @@
 """The memory engine from the command line: every way to save memory trains to the same weights as the plain run."""
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from tests.cli.runs import column
 from tests.contract.conftest import dataset_file, losses, make_pictures
 
 STEPS = ("--max_train_steps", "4", "--cache_latents", "--max_grad_norm", "0", "--learning_rate", "1e-4")
@@ -62,18 +65,10 @@ def test_previews_and_held_out_pictures_pass_through_the_ring(case, train, tmp_p
             "--sample_every_n_steps", "2", "--sample_at_first", "--save_every_n_steps", "2")
     plain = train(tmp_path / "plain", data, *STEPS, *more)
     swapped = train(tmp_path / "swapped", data, *STEPS, *more, "--blocks_to_swap", "3", "--stream_optimizer_states")
-    drop = ("seconds", "images_per_second", "peak_bytes")
-
-    def rows(folder):
-        import csv
-
-        with (folder / "last_log.csv").open(encoding="utf-8") as file:
-            return [{key: value for key, value in row.items() if key not in drop} for row in csv.DictReader(file)]
-
-    ours, theirs = rows(swapped), rows(plain)
-    assert [{k: v for k, v in row.items() if k != "grad_norm"} for row in ours] == \
-           [{k: v for k, v in row.items() if k != "grad_norm"} for row in theirs]
-    assert [float(row["grad_norm"]) for row in ours] == pytest.approx([float(row["grad_norm"]) for row in theirs], rel=1e-5)
+    assert losses(swapped) == losses(plain)
+    for name in ("grad_norm", "validation_loss"):  # sums in another order; kernels for weights that lie elsewhere
+        assert column(swapped, name) == pytest.approx(column(plain, name), rel=1e-5)
+    assert len(column(swapped, "validation_loss")) == 2
     names = sorted(path.relative_to(plain) for kind in ("sample/*.png", "*.safetensors") for path in plain.glob(kind))
     assert len(names) == 4 + 3
     for name in names:
@@ -81,7 +76,8 @@ def test_previews_and_held_out_pictures_pass_through_the_ring(case, train, tmp_p
             one, two = load_file(plain / name), load_file(swapped / name)
             assert all(torch.equal(one[key], two[key]) for key in one), name
         elif "contact_sheet" not in name.name:
-            assert (plain / name).read_bytes() == (swapped / name).read_bytes(), name
+            one, two = (numpy.asarray(Image.open(folder / name), dtype=int) for folder in (plain, swapped))
+            assert abs(one - two).max() <= 1, name
 
 
 @pytest.mark.parametrize(("flags", "words"), [
