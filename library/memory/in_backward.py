@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from library.errors import UserError
 from library.memory.boundaries import Boundaries, Listener
 from library.memory.partial import PartialGradients
+from library.memory.ring import Ring
 from library.memory.states import StreamedStates, probe_states
 from library.memory.streaming import Streaming
 from library.optim.groups import Group, named_parameters
@@ -168,6 +169,13 @@ class StepInBackward(Listener):
         for hook in self._hooks:
             hook.remove()
         self._boundaries.listeners.remove(self)
+        if self._streaming is not None:
+            self._streaming.has_stepper = False
+            for ring in self._rings():
+                self._streaming.step_rings.remove(ring)
+
+    def _rings(self) -> list[Ring]:
+        return [part.ring for part in (self._partial, self._states) if part is not None]
 
     def _update(self, unit: _Unit) -> None:
         live = [parameter for parameter in unit.parameters if parameter.grad is not None]

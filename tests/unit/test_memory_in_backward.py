@@ -199,3 +199,18 @@ def test_the_norm_is_that_of_all_gradients():
     plain.loss(0).backward()
     norm = total_norm([p.grad for p in plain.model.parameters() if p.grad is not None]).item()
     assert run.step(0)[1].grad_norm == pytest.approx(norm, rel=1e-6)
+
+
+def test_an_updater_is_replaced_by_another():
+    plain, ours = Run(Setting(micro=2)), Run(Setting(unit="parameter", micro=2, **STREAMED))
+    plain.train(0, 4)
+    ours.train(0, 2)
+    old, ours.updater = ours.updater, None
+    old.detach()
+    with pytest.raises(AssertionError, match="nothing steps them"):
+        ours.loss(2)
+    ours.updater = StepInBackward(old._optimizer, old._groups, old._schedule, "block", ours.boundaries, ours.streaming)
+    ours.train(2, 4)
+    assert_same(ours.weights(), plain.weights())
+    assert_same(ours.updater.state_dict(), plain.updater.state_dict())
+    assert len(ours.streaming.step_rings) == 1
