@@ -32,6 +32,15 @@ class PartialGradients:
             if held:
                 parameter.grad = view
 
+    def take_back(self, block: int) -> None:
+        """The opposite of ``lend``, where nothing was added."""
+        for parameter in self._parameters[self._number[block]]:
+            parameter.grad = None
+
+    def waiting(self) -> list[int]:
+        """Blocks with sums that are not used up."""
+        return [block for block, number in self._number.items() if any(self._held[number])]
+
     @torch.no_grad()
     def keep(self, block: int) -> None:
         """Take the gradients of the block, which has run backward; they are copied out when it is left."""
