@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from library.errors import UserError
 from library.memory.boundaries import Boundaries, Listener
 from library.memory.partial import PartialGradients
+from library.memory.ring import Ring
 from library.memory.states import StreamedStates, probe_states
 from library.memory.streaming import Streaming
 from library.optim.groups import Group, named_parameters
@@ -72,7 +73,8 @@ class StepInBackward(Listener):
                [[id(p) for _, p in group.params] for group in (rounding.groups if rounding else groups)], \
             "the optimizer was built over other parameters than the updater's groups"
         self._units = self._make_units(unit, boundaries)
-        self._of_block = {u.place: u for u in self._units if u.place is not None} if unit == "block" else {}
+        self._of_block = {place: [u for u in self._units if u.place == place] for place in range(len(boundaries.blocks))}
+        self._arrived: set[int | None] = set()  # places of blocks that got gradients from this backward pass
         self._partial: PartialGradients | None = None
         self._states = self._stream_states() if stream_states else None
         self._step, self._total_steps, self._last, self._factor = -1, 1, None, 0.0
@@ -102,6 +104,7 @@ class StepInBackward(Listener):
         if self._states is not None:
             self._states.ring.active = last_microbatch
         self._last = last_microbatch
+        self._arrived.clear()
 
     def after_backward(self, step: int, total_steps: int, last_microbatch: bool,
                        scaler: torch.amp.GradScaler | None = None) -> UpdateInfo | None:
@@ -114,6 +117,8 @@ class StepInBackward(Listener):
         self._last = None
         if not last_microbatch:
             return None
+        for place in self._partial.waiting() if self._partial is not None else ():
+            self._update_late(place)
         for unit in self._units:
             self._update(unit)
         norm = math.sqrt(float(self._squares))  # waits for the device
@@ -134,12 +139,10 @@ class StepInBackward(Listener):
             if streamed:
                 self._partial.keep(place)
             return
-        if place in self._of_block:
-            self._update(self._of_block[place])
-        if streamed and self._partial is not None:
-            self._partial.drop(place)
-        if streamed and self._states is not None:
-            self._states.take(place)
+        if place in self._arrived:
+            self._update_block(place)
+        elif streamed and self._partial is not None:  # it ran twice, and autograd waits for its other run; or nothing will come
+            self._partial.take_back(place)
 
     def abort(self) -> None:
         """The step is given up; units that were stepped stay so."""
@@ -170,6 +173,29 @@ class StepInBackward(Listener):
         for hook in self._hooks:
             hook.remove()
         self._boundaries.listeners.remove(self)
+        if self._streaming is not None:
+            self._streaming.has_stepper = False
+            for ring in self._rings():
+                self._streaming.step_rings.remove(ring)
+
+    def _update_block(self, place: int) -> None:
+        for unit in self._of_block[place]:
+            self._update(unit)
+        if self._streaming is not None and place in self._streaming.number:
+            if self._partial is not None:
+                self._partial.drop(place)
+            if self._states is not None:
+                self._states.take(place)
+
+    def _update_late(self, place: int) -> None:
+        """A streamed block has gradients of earlier micro-batches only: the last one did not use it."""
+        self._streaming.enter_backward(place)
+        self._partial.lend(place)
+        self._update_block(place)
+        self._streaming.leave_backward(place)
+
+    def _rings(self) -> list[Ring]:
+        return [part.ring for part in (self._partial, self._states) if part is not None]
 
     def _update(self, unit: _Unit) -> None:
         live = [parameter for parameter in unit.parameters if parameter.grad is not None]
@@ -212,6 +238,7 @@ class StepInBackward(Listener):
     def _hook(self, unit: _Unit, update: bool) -> Callable[[Parameter], None]:
         def run(parameter: Parameter) -> None:
             assert self._last is not None, "begin_microbatch was not called"
+            self._arrived.add(unit.place)
             if update and self._last:
                 self._update(unit)
         return run

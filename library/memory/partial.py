@@ -18,12 +18,12 @@ class PartialGradients:
     def __init__(self, streaming: Streaming):
         layouts = [lay_out_tensors(trained) for trained in streaming.trained]
         sizes = [layout.size for layout in layouts]
-        self._ring = streaming.make_ring([streaming.transport.host(size) for size in sizes], sizes)
-        self._views = [layout.views(region) for layout, region in zip(layouts, self._ring.device, strict=True)]
+        self.ring = streaming.make_ring([streaming.transport.host(size) for size in sizes], sizes)
+        self._views = [layout.views(region) for layout, region in zip(layouts, self.ring.device, strict=True)]
         self._parameters = streaming.trained
         self._held: list[list[bool]] = [[False] * len(trained) for trained in streaming.trained]  # whose sum has begun
         self._number = streaming.number
-        streaming.step_rings.append(self._ring)
+        streaming.step_rings.append(self.ring)
 
     def lend(self, block: int) -> None:
         """Give the sums so far to the parameters of the block, which is about to run backward."""
@@ -31,6 +31,15 @@ class PartialGradients:
         for parameter, view, held in zip(self._parameters[number], self._views[number], self._held[number], strict=True):
             if held:
                 parameter.grad = view
+
+    def take_back(self, block: int) -> None:
+        """The opposite of ``lend``, where nothing was added."""
+        for parameter in self._parameters[self._number[block]]:
+            parameter.grad = None
+
+    def waiting(self) -> list[int]:
+        """Blocks with sums that are not used up."""
+        return [block for block, number in self._number.items() if any(self._held[number])]
 
     @torch.no_grad()
     def keep(self, block: int) -> None:
@@ -46,7 +55,7 @@ class PartialGradients:
                 sources.append(gradient)
             self._held[number][index] = True
         if any(self._held[number]):
-            self._ring.changed(number)
+            self.ring.changed(number)
         if targets:
             torch._foreach_copy_(targets, sources)
 
@@ -54,7 +63,7 @@ class PartialGradients:
         """The sums of the block are used up."""
         number = self._number[block]
         self._held[number] = [False] * len(self._held[number])
-        self._ring.drop(number)
+        self.ring.drop(number)
 
     def drop_all(self) -> None:
         for block in self._number:

@@ -199,3 +199,66 @@ def test_the_norm_is_that_of_all_gradients():
     plain.loss(0).backward()
     norm = total_norm([p.grad for p in plain.model.parameters() if p.grad is not None]).item()
     assert run.step(0)[1].grad_norm == pytest.approx(norm, rel=1e-6)
+
+
+def test_an_updater_is_replaced_by_another():
+    plain, ours = Run(Setting(micro=2)), Run(Setting(unit="parameter", micro=2, **STREAMED))
+    plain.train(0, 4)
+    ours.train(0, 2)
+    old, ours.updater = ours.updater, None
+    old.detach()
+    with pytest.raises(AssertionError, match="nothing steps them"):
+        ours.loss(2)
+    ours.updater = StepInBackward(old._optimizer, old._groups, old._schedule, "block", ours.boundaries, ours.streaming)
+    ours.train(2, 4)
+    assert_same(ours.weights(), plain.weights())
+    assert_same(ours.updater.state_dict(), plain.updater.state_dict())
+    assert len(ours.streaming.step_rings) == 1
+
+
+def both(losses_of_micro, steps=3, **options):
+    """Equal to the plain updater when the loss of a micro-batch is ``losses_of_micro(run, step, micro)``, of three."""
+    plain, ours = Run(Setting()), Run(Setting(**options))
+    for run in (plain, ours):
+        for step in range(steps):
+            for micro in range(3):
+                run.updater.begin_microbatch(step, TOTAL, micro == 2)
+                losses_of_micro(run, step, micro).backward()
+                run.updater.after_backward(step, TOTAL, micro == 2)
+    assert_same(ours.weights(), plain.weights())
+    assert_same(ours.updater.state_dict(), plain.updater.state_dict())
+
+
+@UNITS
+@pytest.mark.parametrize("options", [{}, STREAMED, STREAMED | dict(poison=True)], ids=["resident", "streamed", "poisoned"])
+def test_two_forward_passes_in_one_backward_pass(unit, options):
+    """As for a loss on two versions of a picture: every block is entered twice, and its gradients come the second time."""
+    both(lambda run, step, micro: run.loss(step, micro) + run.loss(step, 50 + micro), unit=unit, **options)
+
+
+@UNITS
+@pytest.mark.parametrize("options", [{}, STREAMED, STREAMED | dict(poison=True)], ids=["resident", "streamed", "poisoned"])
+@pytest.mark.parametrize("absent", [{2}, {0}, {0, 1}, {1}], ids=str)
+@pytest.mark.parametrize("what", ["block", "parameter"])
+def test_what_some_micro_batches_do_not_use(unit, options, absent, what):
+    """Its gradients are those of the others, also when it is the last micro-batch that does without."""
+    def loss(run, step, micro):
+        block = run.model.blocks[2]
+        if micro not in absent:
+            return run.loss(step, micro)
+        if what == "parameter":
+            block.tail.requires_grad_(False)
+            result = run.loss(step, micro)
+            block.tail.requires_grad_(True)
+            return result
+
+        class Skip(torch.nn.Module):
+            def forward(self, x, *, shift):
+                return x, x * 0
+
+        run.model.blocks[2] = Skip()
+        result = run.loss(step, micro)
+        run.model.blocks[2] = block
+        return result
+
+    both(loss, unit=unit, **options)
