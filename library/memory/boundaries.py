@@ -1,16 +1,16 @@
 """When the model goes from one block to the next, forward and backward: what streaming and in-backward steps listen to.
 
-Facts used (tests/unit/test_memory_boundaries.py holds torch to them): a full backward pre-hook fires when the gradients of
-all outputs of its block are there and before anything of the block is recomputed. Autograd runs nodes that are ready in the
+Facts used (tests/unit/test_memory_boundaries.py holds torch to them): a node behind the outputs of a block runs backward when
+the gradients of all of them are there and before anything of the block is recomputed. Autograd runs nodes that are ready in the
 reverse order of their creation and gradient accumulation first of all; so when it enters a block, everything that was
 created by later blocks has run, their parameters' gradients included.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,17 +32,26 @@ class Listener:
         """The backward pass was broken off by an exception. Noticed when the next pass begins."""
 
 
-class _Look:
-    """Looks at the first output of a block: backward hooks see tensors and tuples of them, and would miss all others silently."""
+class _Door(torch.autograd.Function):
+    """Hands the outputs of a block on as they are, and tells when their gradients come back, all of them, before the block's
+    own backward pass.
 
-    seen = False
+    torch's full backward pre-hook does the same, but for blocks called with positional inputs it puts such a node in front of
+    them too: gradients of what several blocks read are then added up in another order than without hooks, and the last bits
+    of a U-Net's gradients differ.
+    """
 
-    def __call__(self, block: nn.Module, args: tuple, output: object) -> None:
-        if not self.seen:
-            parts = output if isinstance(output, tuple) else (output,)
-            assert all(part is None or isinstance(part, torch.Tensor) for part in parts), \
-                f"a {type(block).__name__} returns {[type(part).__name__ for part in parts]}: its backward pass cannot be seen"
-            self.seen = True
+    @staticmethod
+    def forward(ctx: Any, tell: Callable[[], None], *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.tell = tell
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(output for output in outputs if not output.requires_grad))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        ctx.tell()
+        return None, *gradients
 
 
 class Boundaries:
@@ -54,12 +63,9 @@ class Boundaries:
         self._task: int | None = None  # autograd's number of the backward pass under way
         self._running: int | None = None
         self._hooks = []
-        # Said of blocks that get their inputs by keyword; it concerns hooks that want gradients of inputs.
-        warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed with respect to")
         for place, block in enumerate(self.blocks):
             self._hooks.append(block.register_forward_pre_hook(partial(self._forward, place), with_kwargs=True))
-            self._hooks.append(block.register_full_backward_pre_hook(partial(self._backward, place)))
-            self._hooks.append(block.register_forward_hook(_Look()))
+            self._hooks.append(block.register_forward_hook(partial(self._leave_forward, place)))
 
     def detach(self) -> None:
         for hook in self._hooks:
@@ -77,7 +83,20 @@ class Boundaries:
         for listener in self.listeners:
             listener.enter_forward(place)
 
-    def _backward(self, place: int, block: nn.Module, grad_output: object) -> None:
+    def _leave_forward(self, place: int, block: nn.Module, args: tuple, output: Any) -> Any:
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return None
+        parts = output if isinstance(output, tuple) else (output,)
+        assert all(part is None or isinstance(part, torch.Tensor) for part in parts), \
+            f"a {type(block).__name__} returns {[type(part).__name__ for part in parts]}: its backward pass cannot be seen"
+        tensors = [part for part in parts if part is not None]
+        if not any(tensor.requires_grad for tensor in tensors):
+            return None
+        passed = iter(_Door.apply(partial(self._backward, place), *tensors))
+        handed = tuple(part if part is None else next(passed) for part in parts)
+        return handed if isinstance(output, tuple) else handed[0]
+
+    def _backward(self, place: int) -> None:
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self.notice_abort()

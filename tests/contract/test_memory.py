@@ -39,7 +39,8 @@ def sdxl(folder):
 
     def loss(generator):
         x_t = torch.randn(2, 4, 8, 12, generator=generator)
-        text = {"hidden": torch.randn(2, 77, 128, generator=generator), "pooled": torch.randn(2, 64, generator=generator)}
+        text = {name: torch.randn(2, 77, 64, generator=generator) for name in ("clip_l", "clip_g")}
+        text["pooled"] = torch.randn(2, 64, generator=generator)
         return (sdxl_call.predict(module, x_t, torch.tensor([7, 980]), text, geometry) - x_t).square().mean()
     return module, sdxl_call.blocks(module), loss
 
