@@ -25,12 +25,13 @@ text_encoder_batch_size max_train_epochs output_dir save_precision save_every_n_
 save_last_n_epochs save_last_n_steps metadata_title metadata_author metadata_description metadata_license metadata_tags
 metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase sample_prompts sample_every_n_steps
 sample_every_n_epochs logging_dir log_with log_tracker_config wandb_run_name wandb_api_key
+blocks_to_swap
 seed output_name save_model_as train_data_dir reg_data_dir in_json dataset_class conditioning_data_dir caption_extention
 caption_prefix caption_suffix secondary_separator face_crop_aug_range resize_interpolation validation_seed validate_every_n_steps
 validate_every_n_epochs max_validation_steps""".split()
 _OFF = """output_config console_log_simple enable_bucket bucket_no_upscale cache_latents
 cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk full_bf16 gradient_checkpointing
-sample_at_first log_config cache_info debug_dataset enable_wildcard shuffle_caption color_aug flip_aug
+sample_at_first log_config cpu_offload_checkpointing fused_backward_pass blockwise_fused_optimizers cache_info debug_dataset enable_wildcard shuffle_caption color_aug flip_aug
 random_crop alpha_mask masked_loss skip_cache_check skip_latents_validity_check""".split()
 
 PEER_DEFAULTS: dict[str, object] = {
@@ -74,6 +75,13 @@ NEW: dict[str, str] = {
     "clip_l_tokenizer": "train without a connection to the hub",
     "t5xxl_tokenizer": "train without a connection to the hub",
     "no_metadata": "known from the LoRA scripts of the dialect; here for checkpoints as well",
+}
+
+NEW |= {
+    "recompute_policy": "keep the outputs of matrix products and attention: nearly the speed without recompute",
+    "recompute_every": "recompute some of the blocks, where there is room for the rest",
+    "swap_look_ahead": "more blocks on their way at a time, where copies come late",
+    "stream_optimizer_states": "optimizer states wait in CPU memory with their block",
 }
 
 REASONS: dict[str, str] = {
@@ -144,7 +152,12 @@ BEHAVIOUR = """## Behaviour that differs
 - **Warm-up** makes its first update at 1/N of the learning rate, not at 0.
 - **Adafactor** is used with `relative_step=False scale_parameter=False warmup_init=False`; `relative_step` and `warmup_init` are
   refused, because the rate comes from `--learning_rate` and `--lr_scheduler`.
-- **`--max_grad_norm`** clips the norm over all weights, always.
+- **`--max_grad_norm`** clips the norm over all weights, always. With `--blocks_to_swap`, `--fused_backward_pass` and
+  `--blockwise_fused_optimizers` no such norm is known in time: the default is 0 there, and another value is refused.
+- **`--blocks_to_swap`** streams any number of blocks, all of them included, with any optimizer, and trains to the same weights, bit
+  for bit. It brings `--gradient_checkpointing` with it. `--double_blocks_to_swap` and `--single_blocks_to_swap` are one number.
+- **`--fused_backward_pass`** and **`--blockwise_fused_optimizers`** work with every optimizer that steps weight by weight, with
+  `--gradient_accumulation_steps` and on several GPUs, and cannot be given together.
 - **Dataset files** are read strictly: an unknown key, a wrong type or two settings that exclude each other are errors with
   file and line. Whole numbers pass where fractions are wanted (`validation_split = 0`). Subsets of one dataset may be of
   different kinds: folders, metadata files and folders with masks may stand side by side. `num_repeats` below 1 and a folder
