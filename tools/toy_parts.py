@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FITTED = ROOT / "configs/quickstart/toy"  # the autoencoders that tools/fit_toy_vae.py made
 CAPTIONS = ROOT / "configs/quickstart/photos"
 CLIP_POSITIONS, CLIP_HEAD_WIDTH = 77, 64
+T5_WIDTH, T5_LAYERS, T5_HEADS, T5_KEY_WIDTH, T5_INNER = 64, 2, 4, 16, 128
 
 
 def make_clip(vocabulary: int, width: int, layers: int, projection: int | None = None):
@@ -36,6 +37,34 @@ def make_clip(vocabulary: int, width: int, layers: int, projection: int | None =
         elif parameter.dim() == 2:
             torch.nn.init.xavier_uniform_(parameter, gain=1.5)
     return model
+
+
+def make_t5(vocabulary: int):
+    """T5EncoderModel (gated) with embeddings of unit size and sublayers that mix neighbouring words."""
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    model = T5EncoderModel(T5Config(
+        vocab_size=vocabulary, d_model=T5_WIDTH, d_kv=T5_KEY_WIDTH, num_heads=T5_HEADS, d_ff=T5_INNER, num_layers=T5_LAYERS,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, dropout_rate=0.0,
+    ))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            if "shared" in name or "relative" in name:
+                torch.nn.init.normal_(parameter, std=1.0)
+            else:
+                torch.nn.init.xavier_uniform_(parameter)
+    return model
+
+
+def write(path: Path, module, keymap, dtype, **options) -> None:
+    """``module`` as the file of ``keymap``'s layout."""
+    from library.checkpoint.export import export_module
+    from library.checkpoint.keymap import module_shapes
+    from library.checkpoint.writer import write_safetensors
+
+    tensors = export_module(module, keymap.bind(module_shapes(module)), dtype=dtype, **options)
+    write_safetensors(path, tensors.entries, tensors.get)
 
 
 def caption_words() -> list[str]:
