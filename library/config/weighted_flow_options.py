@@ -23,8 +23,8 @@ class WeightedFlowOptions:
     title: ClassVar[str] = "Objective"
 
     weighting_scheme: str = flag(
-        "uniform", "logit_normal and mode: density of levels; sigma_sqrt and cosmap: weight of the loss (sigma_sqrt makes it that "
-        "of velocities); uniform and none: neither",
+        "uniform", "logit_normal and mode: density of levels; sigma_sqrt and cosmap: weight of the loss (sigma_sqrt makes it "
+        "that of velocities); uniform and none: neither",
         choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"), off="none")
     training_shift: float = flag(1.0, "above 1 trains noisier levels more; 3 is the shift that pictures are drawn with", above=0,
                                  off="1")

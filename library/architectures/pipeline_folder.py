@@ -1,0 +1,36 @@
+"""What every diffusers pipeline folder holds beside the weights: configurations, tokenizers, the index."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from library.atomic import write_atomic
+
+_VOCABULARY_FILES = ("vocab.json", "merges.txt", "spiece.model")  # read by older programs, and left out by transformers 5
+
+
+def write_config(module: nn.Module, folder: Path, **changes: Any) -> None:
+    """``config.json`` of a module of diffusers or transformers, with ``changes`` (of transformers' modules only)."""
+    if hasattr(module, "save_config"):  # diffusers
+        module.save_config(folder)
+        return
+    config = module.config.__class__.from_dict(module.config.to_dict() | {"architectures": [type(module).__name__]} | changes)
+    config.save_pretrained(folder)
+
+
+def write_tokenizer(tokenizer: Any, found: Path, folder: Path) -> None:
+    """``tokenizer``, which was read from ``found``."""
+    tokenizer.save_pretrained(folder)
+    for name in _VOCABULARY_FILES:
+        if (found / name).is_file():
+            shutil.copyfile(found / name, folder / name)
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
