@@ -15,13 +15,13 @@ from library.atomic import write_atomic
 _VOCABULARY_FILES = ("vocab.json", "merges.txt", "spiece.model")  # read by older programs, and left out by transformers 5
 
 
-def write_config(module: nn.Module, folder: Path, **changes: Any) -> None:
-    """``config.json`` of a module of diffusers or transformers, with ``changes`` (of transformers' modules only)."""
+def write_config(module: nn.Module, folder: Path, class_name: str = "") -> None:
+    """``config.json`` of a module of diffusers or transformers; ``class_name``: the class that reads it, where it is another."""
     if hasattr(module, "save_config"):  # diffusers
         module.save_config(folder)
-        return
-    config = module.config.__class__.from_dict(module.config.to_dict() | {"architectures": [type(module).__name__]} | changes)
-    config.save_pretrained(folder)
+    else:
+        module.config.architectures = [class_name or type(module).__name__]
+        module.config.save_pretrained(folder)
 
 
 def write_tokenizer(tokenizer: Any, found: Path, folder: Path) -> None:

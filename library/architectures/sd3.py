@@ -1,9 +1,9 @@
 """SD3-medium, SD3.5-medium and SD3.5-large: the adapter.
 
-Latents are (B, 16, H/8, W/8) = (z - 0.0609) * 1.5305. Facts stand once: calling the transformer in ``sd3_call.py``, its positions in
-``sd3_positions.py``, files in ``sd3_parts.py``, modules and their configurations in ``sd3_models.py``, text in ``sd3_text.py``, saving
-in ``sd3_export.py``, previews in ``sd3_preview.py``, key names in ``checkpoint/sd3_keys.py`` and the tables it shares. This page
-puts them together for one run.
+Latents are (B, 16, H/8, W/8) = (z - 0.0609) * 1.5305. Facts stand once: calling the transformer in ``sd3_call.py``, its
+positions in ``sd3_positions.py``, files in ``sd3_parts.py``, modules and their configurations in ``sd3_models.py``, text in
+``sd3_text.py``, saving in ``sd3_export.py``, previews in ``sd3_preview.py``, key names in ``checkpoint/sd3_keys.py`` and the
+tables it shares. This page puts them together for one run.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class Sd3:
         return encode_image(vae, pixels)
 
     def encode_text(self, encoders: TextEncoders, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        return sd3_text.encode_text(encoders.modules, encoders.tokenizers, captions, self.options.t5xxl_max_token_length, self.masks)
+        return sd3_text.encode_text(encoders.modules, encoders.tokenizers, captions, self.options.t5xxl_max_token_length,
+                                    self.masks)
 
     def vary_text(self, text: Mapping[str, torch.Tensor], draws: Draws) -> Mapping[str, torch.Tensor]:
         return sd3_text.vary(text, draws, self.options.dropout_rates, self.options.pos_emb_random_crop_rate)
@@ -120,9 +121,9 @@ class Sd3:
         return text_blocks(name, encoder)
 
     def groups(self, denoiser: nn.Module, encoders: TextEncoders, learning_rate: float) -> list[Group]:
-        """What trains, named, with gradients switched on for it and off for all else: the transformer but for its last blocks with
-        ``--num_last_block_to_freeze``, and the encoders with a learning rate above 0. A learning rate of 0 leaves the transformer
-        out when an encoder trains. (Without one it stays in: a run that changes nothing is a way to convert a file.)
+        """What trains, named, with gradients switched on for it and off for all else: the transformer but for its last
+        ``--num_last_block_to_freeze`` blocks, and the encoders with a learning rate above 0. A learning rate of 0 leaves the
+        transformer out when an encoder trains. (Without one it stays in: a run that changes nothing is a way to convert a file.)
         """
         rates = self.encoder_rates(learning_rate)
         denoiser.requires_grad_(False)

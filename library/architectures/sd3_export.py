@@ -53,8 +53,8 @@ def save(path: Path, parts: Sd3Parts, trained: Mapping[str, nn.Module], dtype: t
          kind: str, inside: Collection[str] = ()) -> None:
     """Write the model as ``--save_model_as`` has it; each file or folder appears whole or not at all.
 
-    ``trained``: modules by name of part. ``dtype`` None keeps each part's; what did not train is never widened. ``inside``: encoders
-    that go into the single file in any case. UserError: no room, or a folder in the way that holds something else.
+    ``trained``: modules by name of part. ``dtype`` None keeps each part's; what did not train is never widened. ``inside``:
+    encoders that go into the single file in any case. UserError: no room, or a folder in the way that holds something else.
     """
     if not SUFFIXES[kind]:
         if path.exists() and not is_pipeline(path):
@@ -111,7 +111,8 @@ def own_files(parts: Sd3Parts, trained: Mapping[str, nn.Module], dtype: torch.dt
     whole = parts.transformer.whole
     names = [name for name in parts.encoders if name in trained and name not in inside
              and not (parts.transformer.layout == "mmdit" and any(key.startswith(_prefix(parts, name)) for key in whole.tensors))]
-    return {name: _export(parts, name, trained, _table(parts, name), dtype, "", parts.encoders[name].layout_order) for name in names}
+    return {name: _export(parts, name, trained, _table(parts, name), dtype, "", parts.encoders[name].layout_order)
+            for name in names}
 
 
 def write_folder(folder: Path, parts: Sd3Parts, trained: Mapping[str, nn.Module], dtype: torch.dtype | None,
@@ -125,7 +126,7 @@ def write_folder(folder: Path, parts: Sd3Parts, trained: Mapping[str, nn.Module]
         export = _folder_export(parts, part, trained, dtype)
         (folder / place).mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / place / name, export.entries, export.get, {"format": "pt"} | dict(metadata or {}))
-        write_config(_module(parts, part, trained), folder / place, **({"architectures": [kind[1]]} if part in _TOKENIZERS else {}))
+        write_config(_module(parts, part, trained), folder / place, kind[1])
         index[place] = kind
     for name, found in parts.tokenizers.items():
         place, kind = _TOKENIZERS[name]

@@ -22,8 +22,8 @@ _TABLE = {"mmdit": "pos_embed", "diffusers": "pos_embed.pos_embed"}
 
 
 def load_transformer(file: Sd3File, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> nn.Module:
-    """``SD3Transformer2DModel`` in eval mode, nothing trainable yet. ``dtype`` None keeps the file's; the table of positions, which
-    never trains, always keeps the file's 16 or 32 bits, so that it is written back as it was.
+    """``SD3Transformer2DModel`` in eval mode, nothing trainable yet. ``dtype`` None keeps the file's; the table of positions,
+    which never trains, always keeps the file's 16 or 32 bits, so that it is written back as it was.
 
     UserError: keys missing or left over, wrong shapes.
     """

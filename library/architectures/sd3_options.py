@@ -83,7 +83,8 @@ class Sd3Options:
                                            default_text="--learning_rate")
     learning_rate_te3: float | None = flag(None, "learning rate of T5; 0 leaves it as it is", minimum=0,
                                            default_text="--learning_rate")
-    num_last_block_to_freeze: int | None = flag(None, "leave the last N blocks of the transformer as they are", minimum=0, off="0")
+    num_last_block_to_freeze: int | None = flag(None, "leave the last N blocks of the transformer as they are", minimum=0,
+                                                off="0")
     use_t5xxl_cache_only: bool = flag(False, "with --cache_text_encoder_outputs: cache T5 while the CLIPs train")
     save_clip: bool = flag(False, "put CLIP-L and CLIP-G into the saved file, wherever they came from")
     save_t5xxl: bool = flag(False, "put T5 into the saved file, wherever it came from")
@@ -148,19 +149,21 @@ class Sd3Options:
                 yield problem
         needs = {"clip_l": ("learning_rate_te1", "clip_l_dropout_rate", "clip_l_tokenizer"),
                  "clip_g": ("learning_rate_te2", "clip_g_dropout_rate", "clip_g_tokenizer"),
-                 "t5xxl": ("learning_rate_te3", "t5_dropout_rate", "t5xxl_tokenizer", "t5xxl_device", "t5xxl_dtype", "train_t5xxl",
-                           "use_t5xxl_cache_only", "apply_t5_attn_mask", "save_t5xxl")}
+                 "t5xxl": ("learning_rate_te3", "t5_dropout_rate", "t5xxl_tokenizer", "t5xxl_device", "t5xxl_dtype",
+                           "train_t5xxl", "use_t5xxl_cache_only", "apply_t5_attn_mask", "save_t5xxl")}
         for encoder, names in needs.items():
             for name in names:
                 if encoder not in self.present and getattr(self, name):
-                    yield conflict(config, f"{name} {encoder}", f"has no effect with --{encoder} none", "leave one of the two out")
+                    yield conflict(config, f"{name} {encoder}", f"has no effect with --{encoder} none",
+                                   "leave one of the two out")
 
         if self.apply_lg_attn_mask and self.present == ("t5xxl",):
             yield conflict(config, "apply_lg_attn_mask clip_l clip_g", "has no effect without CLIP-L and CLIP-G", "leave it out")
 
     def _training_problems(self, config: Config) -> Iterator[Problem]:
         if self.train_text_encoder and self.present == ("t5xxl",):
-            yield conflict(config, "train_text_encoder clip_l clip_g", "there is no CLIP-L and no CLIP-G to train", "leave it out")
+            yield conflict(config, "train_text_encoder clip_l clip_g", "there is no CLIP-L and no CLIP-G to train",
+                           "leave it out")
         switches = {"learning_rate_te1": "train_text_encoder", "learning_rate_te2": "train_text_encoder",
                     "learning_rate_te3": "train_t5xxl"}
         for name, switch in switches.items():

@@ -101,7 +101,7 @@ class Sd3Parts:
 def open_parts(pretrained: str | Path, given: Given, tokenizers: Given | None = None, hub: Hub | None = None) -> Sd3Parts:
     """Find every part. Raises one UserError (``UserErrors``) with all that is missing or wrong, before any download of encoders.
 
-    ``given``: what the user named, by part (``clip_l``, ``clip_g``, ``t5xxl``, ``vae``); ``none`` for an encoder that is left out.
+    ``given``: what the user named, by part (``clip_l``, ``clip_g``, ``t5xxl``, ``vae``); ``none`` for an encoder left out.
     ``tokenizers``: the same by encoder. Empty strings count as not given. ``hub`` is replaced in tests.
     """
     hub, tokenizers, repo = hub or Hub(), tokenizers or {}, repository(pretrained)
@@ -196,8 +196,8 @@ def _facts(source: Source, view: Source, layout: str, prefix: str) -> Sd3File:
                         remedy="download the file again, or give a complete checkpoint")
     patch, text, pooled, table, out = (names[key].shape for key in keys)
     if patch[1] != LATENT_CHANNELS or out[0] != LATENT_CHANNELS * patch[2] * patch[3]:
-        raise UserError(f"{source.path} takes {patch[1]} latent channels and predicts {out[0]} numbers per image token, where SD3 has "
-                        f"{LATENT_CHANNELS} and 64: it is a variant with inputs that no dataset here provides", place=FLAG,
+        raise UserError(f"{source.path} takes {patch[1]} latent channels and predicts {out[0]} numbers per image token, where "
+                        f"SD3 has {LATENT_CHANNELS} and 64: it is a variant with inputs that no dataset here provides", place=FLAG,
                         remedy="give an SD3 or SD3.5 checkpoint of the plain kind")
     block, second, norm = {"mmdit": (r"joint_blocks\.(\d+)\.", "x_block.attn2.", "x_block.attn.ln_q.weight"),
                            "diffusers": (r"transformer_blocks\.(\d+)\.", "attn2.", "attn.norm_q.weight")}[layout]
@@ -231,7 +231,8 @@ def part_specs(transformer: Sd3File, given: Given, repo: str | None = None) -> t
                  in_repos("vae/diffusion_pytorch_model.safetensors"),
                  lambda tensors: is_autoencoder(tensors, LATENT_CHANNELS, quant=False)),
         encoder("clip_l", "CLIP-L text encoder", _CLIP_L,
-                ((ENCODERS_REPO, "clip_l.safetensors"), *in_repos("text_encoders/clip_l.safetensors", "text_encoder/model.safetensors")),
+                ((ENCODERS_REPO, "clip_l.safetensors"),
+                 *in_repos("text_encoders/clip_l.safetensors", "text_encoder/model.safetensors")),
                 lambda tensors: 0 < 2 * clip_width(tensors) < pooled),
         encoder("clip_g", "CLIP-G text encoder", _CLIP_G,
                 in_repos("text_encoders/clip_g.safetensors", "text_encoder_2/model.safetensors"),

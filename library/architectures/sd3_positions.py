@@ -40,8 +40,8 @@ class Positions:
         table = self.module[0].pos_embed  # (1, P * P, D)
         if max(h, w) > self.size and self.spacing is None:
             side = self.size * self.patch * 8
-            raise UserError(f"pictures of {w * 16} x {h * 16} pixels are larger than the model's table of positions, which ends at "
-                            f"{side} x {side}", remedy="lower the resolution, or give --enable_scaled_pos_embed")
+            raise UserError(f"pictures of {width * 8} x {height * 8} pixels are larger than the model's table of positions, "
+                            f"which ends at {side} x {side}", remedy="lower the resolution, or give --enable_scaled_pos_embed")
         if self.spacing is not None:
             return self._computed(h, w, table)
         cells = table.view(self.size, self.size, -1)
@@ -92,13 +92,13 @@ def table(size: int, spacing: float, width: int) -> torch.Tensor:
 
 
 def read_spacing(stored: torch.Tensor, size: int) -> float:
-    """How far neighbouring cells of a stored table (1, P * P, D) lie apart. UserError when it is no table of sines and cosines."""
+    """How far neighbouring cells of a stored table (1, P * P, D) lie apart. UserError where it holds no sines and cosines."""
     width = stored.shape[-1]
     row = stored[0, :size].double().cpu()  # the first row of cells: (P, D)
     angle = torch.atan2(row[:, 0], row[:, width // 4])  # of the fastest pair, by which positions are themselves angles
     turns = torch.remainder(angle.diff() + math.pi, 2 * math.pi) - math.pi
     spacing = float(turns.mean())
     if spacing <= 0 or not torch.allclose(row[:, :width // 2], waves(torch.arange(size) * spacing, width // 2), atol=_TOLERANCE):
-        raise UserError("the table of positions in this checkpoint is not made of sines and cosines, so that it cannot be rescaled",
-                        remedy="leave out --enable_scaled_pos_embed")
+        raise UserError("the table of positions in this checkpoint is not made of sines and cosines: it cannot be rescaled",
+                        place="--enable_scaled_pos_embed", remedy="leave it out")
     return spacing

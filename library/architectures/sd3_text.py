@@ -2,7 +2,7 @@
 
 Conventions (Stability AI ``sd3.5``; ``StableDiffusion3Pipeline`` of diffusers): of both CLIPs the states before the last layer,
 side by side and widened with zeros to the width of T5's states, which follow them as further tokens; and both pooled vectors side
-by side. CLIP-L's tokenizer pads with the end token, CLIP-G's with token 0, which is ``!``. An encoder that is missing leaves zeros.
+by side. CLIP-L's tokenizer pads with the end token, CLIP-G's with token 0, which is ``!``. A missing encoder leaves zeros.
 
 The transformer has no mask. With ``--apply_lg_attn_mask`` and ``--apply_t5_attn_mask`` the states of padding are zero, and T5
 does not attend to padding (in CLIP no token sees what follows it). The same is cached, where zeros take no room.
@@ -55,8 +55,8 @@ class Masks:
 def encode_text(modules: Mapping[str, nn.Module], tokenizers: Tokenizers, captions: Sequence[str], t5_length: int,
                 masks: Masks = Masks()) -> dict[str, torch.Tensor]:
     """Of the encoders in ``modules``, in their dtypes, with gradients where they train: ``clip_l`` and ``clip_g`` (B, 77, W) with
-    ``clip_l_pooled`` and ``clip_g_pooled`` (B, W); ``t5xxl`` (B, t5_length, W); ``{name}_mask`` (B, L) bool, true for a token, where
-    padding is hidden. Captions that are too long are cut, with their end token kept.
+    ``clip_l_pooled`` and ``clip_g_pooled`` (B, W); ``t5xxl`` (B, t5_length, W); ``{name}_mask`` (B, L) bool, true for a token,
+    where padding is hidden. Captions that are too long are cut, with their end token kept.
     """
     text: dict[str, torch.Tensor] = {}
     for name, title in _TITLES.items():
@@ -68,7 +68,8 @@ def encode_text(modules: Mapping[str, nn.Module], tokenizers: Tokenizers, captio
     return text
 
 
-def _clip(name: str, title: str, encoder: nn.Module, tokenizer: Any, captions: Sequence[str], hide: bool) -> dict[str, torch.Tensor]:
+def _clip(name: str, title: str, encoder: nn.Module, tokenizer: Any, captions: Sequence[str],
+          hide: bool) -> dict[str, torch.Tensor]:
     end = tokenizer.eos_token_id
     pieces = chunk(tokenizer, captions, 1, end if name == "clip_l" else SECOND_PAD, weighted=False)
     states, output = run(encoder, pieces, tokenizer, title, f"--{name}_tokenizer")
@@ -88,7 +89,7 @@ def _hidden(name: str, states: torch.Tensor, mask: torch.Tensor, hide: bool) -> 
 
 def context(text: Mapping[str, torch.Tensor], batch: int, width: int, pooled_width: int, t5_length: int,
             device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens (B, 77 + L, width) and the pooled vector (B, pooled_width) that the transformer reads, float32, on ``device``."""
+    """What the transformer reads, float32 on ``device``: tokens (B, 77 + L, width) and the pooled vector (B, pooled_width)."""
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(batch, *shape, device=device)
 

@@ -12,8 +12,8 @@ from library.data.tokens import TokenMeter
 
 
 def read_token_meter(folders: Mapping[str, Path], t5_length: int) -> TokenMeter:
-    """Counts with the tokenizers in ``folders`` (by encoder). Both CLIPs have the same vocabulary and count as one; T5 is given at
-    most ``t5_length`` tokens. UserError when a tokenizer cannot be read."""
+    """Counts with the tokenizers in ``folders`` (by encoder). Both CLIPs have the same vocabulary and count as one; T5 is given
+    at most ``t5_length`` tokens. UserError when a tokenizer cannot be read."""
     encoders = []
     if "t5xxl" in folders:
         encoders.append(("T5", load_tokenizer(TOKENIZERS["t5xxl"], folders["t5xxl"]), t5_length))
