@@ -61,6 +61,15 @@ OWN_DEFAULTS: dict[str, dict[str, object]] = {
                         "scale_v_pred_loss_like_noise_pred".split(), False),
         "max_token_length": 75, "multires_noise_discount": 0.3, "sample_sampler": "ddim",
     },
+    "sd3_train.py": {
+        **dict.fromkeys("clip_l clip_g t5xxl vae t5xxl_device t5xxl_dtype learning_rate_te1 learning_rate_te2 learning_rate_te3 "
+                        "num_last_block_to_freeze".split()),
+        **dict.fromkeys("apply_lg_attn_mask apply_t5_attn_mask enable_scaled_pos_embed train_text_encoder train_t5xxl "
+                        "use_t5xxl_cache_only save_clip save_t5xxl".split(), False),
+        **dict.fromkeys("clip_l_dropout_rate clip_g_dropout_rate t5_dropout_rate pos_emb_random_crop_rate".split(), 0.0),
+        "t5xxl_max_token_length": 256, "weighting_scheme": "uniform", "training_shift": 1.0, "logit_mean": 0.0, "logit_std": 1.0,
+        "mode_scale": 1.29,
+    },
 }
 
 NEW: dict[str, str] = {
@@ -72,6 +81,7 @@ NEW: dict[str, str] = {
     "recursive": "pictures in subfolders",
     "skip_image_resolution": "pictures that are too small to learn from need not be sorted out by hand",
     "clip_l_tokenizer": "train without a connection to the hub",
+    "clip_g_tokenizer": "train without a connection to the hub",
     "t5xxl_tokenizer": "train without a connection to the hub",
     "no_metadata": "known from the LoRA scripts of the dialect; here for checkpoints as well",
 }
