@@ -94,7 +94,10 @@ def single_file(parts: Sd3Parts, trained: Mapping[str, nn.Module], dtype: torch.
         wanted = slot or part in inside or (part == "vae" and not single)
         if source is None or not wanted or not (part in trained or foreign):
             continue
-        others += _export(parts, part, trained, _table(parts, part), dtype, prefix, () if slot else (_COPY,))
+        export = _export(parts, part, trained, _table(parts, part), dtype, prefix)
+        if part == "t5xxl" and (not slot or prefix + _COPY in whole):
+            export = _with_copy(export, prefix)
+        others += export
         replaced |= {name for name in whole.tensors if slot and name.startswith(prefix)}
     prefix = file.prefix or (MMDIT_PREFIX if others.entries or not single else "")  # names of several parts need one
     result = _export(parts, DENOISER, trained, mmdit(file.depth), dtype, prefix) + others
@@ -111,8 +114,8 @@ def own_files(parts: Sd3Parts, trained: Mapping[str, nn.Module], dtype: torch.dt
     whole = parts.transformer.whole
     names = [name for name in parts.encoders if name in trained and name not in inside
              and not (parts.transformer.layout == "mmdit" and any(key.startswith(_prefix(parts, name)) for key in whole.tensors))]
-    return {name: _export(parts, name, trained, _table(parts, name), dtype, "", parts.encoders[name].layout_order)
-            for name in names}
+    exports = {name: _export(parts, name, trained, _table(parts, name), dtype, "") for name in names}
+    return {name: _with_copy(export, "") if name == "t5xxl" else export for name, export in exports.items()}
 
 
 def write_folder(folder: Path, parts: Sd3Parts, trained: Mapping[str, nn.Module], dtype: torch.dtype | None,
@@ -151,6 +154,12 @@ def _folder_export(parts: Sd3Parts, part: str, trained: Mapping[str, nn.Module],
     return export + Export((entry,), lambda name: torch.eye(width))
 
 
+def _with_copy(export: Export, prefix: str) -> Export:
+    """T5 with its embedding under both names."""
+    first = next(entry for entry in export.entries if entry.name == f"{prefix}shared.weight")
+    return export + Export((first._replace(name=prefix + _COPY),), lambda name: export.get(first.name))
+
+
 def _present(parts: Sd3Parts) -> list[str]:
     return [DENOISER, "vae", *parts.encoders]
 
@@ -169,13 +178,13 @@ def _table(parts: Sd3Parts, part: str) -> KeyMap:
 
 
 def _export(parts: Sd3Parts, part: str, trained: Mapping[str, nn.Module], table: KeyMap | None, dtype: torch.dtype | None,
-            prefix: str, also: Collection[str] = ()) -> Export:
+            prefix: str) -> Export:
     """One part in the names of ``table`` (None: the module's own), trained or as it stands in its file."""
     source, stored = _source(parts, part)
     shapes = stored.module_shapes()
     bound = identity(shapes) if table is None else table.bind(shapes)
     if part in trained:
-        return export_module(trained[part], bound, dtype=dtype, prefix=prefix, also=also)
+        return export_module(trained[part], bound, dtype=dtype, prefix=prefix)
     return convert(source, stored, bound, dtype=_not_wider(source, list(source.tensors), dtype), prefix=prefix)
 
 

@@ -196,9 +196,9 @@ def _facts(source: Source, view: Source, layout: str, prefix: str) -> Sd3File:
                         remedy="download the file again, or give a complete checkpoint")
     patch, text, pooled, table, out = (names[key].shape for key in keys)
     if patch[1] != LATENT_CHANNELS or out[0] != LATENT_CHANNELS * patch[2] * patch[3]:
-        raise UserError(f"{source.path} takes {patch[1]} latent channels and predicts {out[0]} numbers per image token; with SD3 it "
-                        f"is {LATENT_CHANNELS} and 64: this is a variant with inputs that no dataset here provides", place=FLAG,
-                        remedy="give an SD3 or SD3.5 checkpoint of the plain kind")
+        raise UserError(f"{source.path} takes {patch[1]} latent channels and predicts {out[0]} numbers per image token; with SD3 "
+                        f"that is {LATENT_CHANNELS} and 64: it is a variant with inputs that no dataset here provides",
+                        place=FLAG, remedy="give an SD3 or SD3.5 checkpoint of the plain kind")
     block, second, norm = {"mmdit": (r"joint_blocks\.(\d+)\.", "x_block.attn2.", "x_block.attn.ln_q.weight"),
                            "diffusers": (r"transformer_blocks\.(\d+)\.", "attn2.", "attn.norm_q.weight")}[layout]
     found = [(int(match[1]), name) for name in names if (match := re.match(block, name))]
