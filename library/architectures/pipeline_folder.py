@@ -24,8 +24,12 @@ def write_config(module: nn.Module, folder: Path, class_name: str = "") -> None:
         module.config.save_pretrained(folder)
 
 
-def write_tokenizer(tokenizer: Any, found: Path, folder: Path) -> None:
-    """``tokenizer``, which was read from ``found``."""
+def write_tokenizer(tokenizer: Any, found: Path, folder: Path, length: int, pad: int | None = None) -> None:
+    """``tokenizer``, which was read from ``found``. ``length``: where pipelines cut captions; ``pad``: the token they pad with. The
+    input's files may say neither."""
+    tokenizer.model_max_length = length
+    if pad is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     tokenizer.save_pretrained(folder)
     for name in _VOCABULARY_FILES:
         if (found / name).is_file():

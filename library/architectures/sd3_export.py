@@ -14,11 +14,13 @@ from torch import nn
 
 from library.architectures import vae
 from library.architectures.base import DENOISER
+from library.architectures.clip_chunks import CONTEXT
 from library.architectures.loading import fitting
 from library.architectures.pipeline_folder import write_config, write_json, write_tokenizer
 from library.architectures.sd3_models import build_encoder, build_transformer, encoder_layouts, is_projected, transformer_layouts
 from library.architectures.sd3_options import SCALING, SHIFT
 from library.architectures.sd3_parts import TOKENIZERS, Sd3Parts
+from library.architectures.sd3_text import SECOND_PAD
 from library.architectures.tokenizers import load_tokenizer
 from library.atomic import atomic_folder
 from library.checkpoint.autoencoder_keys import AUTOENCODER
@@ -36,6 +38,7 @@ from library.config.save_formats import PIPELINE_INDEX, SUFFIXES, beside, is_pip
 from library.errors import UserError
 
 _COPY = "encoder.embed_tokens.weight"  # of T5's embedding: published files hold it twice, and some programs read the second one
+T5_LENGTH = 512  # the longest text that the published tokenizer gives T5
 # part -> folder, file, class in model_index.json
 _FOLDERS = {
     DENOISER: ("transformer", "diffusion_pytorch_model.safetensors", ("diffusers", "SD3Transformer2DModel")),
@@ -134,9 +137,8 @@ def write_folder(folder: Path, parts: Sd3Parts, trained: Mapping[str, nn.Module]
     for name, found in parts.tokenizers.items():
         place, kind = _TOKENIZERS[name]
         tokenizer = load_tokenizer(TOKENIZERS[name], found)
-        if name == "clip_g":
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-        write_tokenizer(tokenizer, found, folder / place)
+        length = T5_LENGTH if name == "t5xxl" else CONTEXT
+        write_tokenizer(tokenizer, found, folder / place, length, SECOND_PAD if name == "clip_g" else None)
         index[place] = ("transformers", kind)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)

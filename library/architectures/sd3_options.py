@@ -171,6 +171,6 @@ class Sd3Options:
                 yield conflict(config, f"{name} {switch}", f"has no effect without --{switch}", f"add --{switch} or leave it out")
         rates = self.encoder_rates(config.optimizer.learning_rate)
         for switch, names in (("train_text_encoder", ("clip_l", "clip_g")), ("train_t5xxl", ("t5xxl",))):
-            if getattr(self, switch) and not any(name in rates for name in names) and not rates:
+            if getattr(self, switch) and set(names) & set(self.present) and not rates:
                 yield conflict(config, switch, "every text encoder has a learning rate of 0",
                                "give one of them a learning rate, or leave it out")

@@ -18,6 +18,7 @@ from library.architectures.pipeline_folder import write_config, write_json, writ
 from library.architectures.sdxl_models import build_unet, unet_layouts, unet_table
 from library.architectures.sdxl_options import SCALING
 from library.architectures.sdxl_parts import TOKENIZER, TOKENIZER_2, SdxlParts
+from library.architectures.sdxl_text import SECOND_PAD
 from library.architectures.tokenizers import load_tokenizer
 from library.atomic import atomic_folder
 from library.checkpoint.autoencoder_keys import AUTOENCODER_QUANT
@@ -126,10 +127,7 @@ def write_folder(folder: Path, parts: SdxlParts, trained: Mapping[str, nn.Module
         index[place] = kind
     for place, spec, found in (("tokenizer", TOKENIZER, parts.tokenizer), ("tokenizer_2", TOKENIZER_2, parts.tokenizer_2)):
         tokenizer = load_tokenizer(spec, found)
-        tokenizer.model_max_length = CONTEXT  # pipelines cut captions there, and the input's files may not say it
-        if spec is TOKENIZER_2:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-        write_tokenizer(tokenizer, found, folder / place)
+        write_tokenizer(tokenizer, found, folder / place, CONTEXT, SECOND_PAD if spec is TOKENIZER_2 else None)
         index[place] = ("transformers", "CLIPTokenizer")
     prediction = "v_prediction" if predicts_velocity else "epsilon"
     (folder / "scheduler").mkdir(exist_ok=True)
