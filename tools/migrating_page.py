@@ -135,6 +135,11 @@ BEHAVIOUR = """## Behaviour that differs
 - **`--min_timestep` and `--max_timestep`** are honoured for FLUX.
 - **`--weighting_scheme`** counts where the dialect lets it count (densities with `sigma` sampling, weights with `sigma_scaled`
   prediction) and is refused elsewhere.
+- **SD3**: `--num_last_block_to_freeze` counts blocks; weights of `--weighting_scheme` are each sample's own; noise levels reach the
+  model unrounded; `--apply_lg_attn_mask` and `--apply_t5_attn_mask` act with and without caches, as zeros in place of padding;
+  `--enable_scaled_pos_embed` goes by each picture's own area and not by the resolutions of the dataset; random crops of the position
+  table are drawn per sample; `--use_t5xxl_cache_only` asks for `--cache_text_encoder_outputs`; `--save_clip`, `--save_t5xxl`,
+  `--t5xxl_device` and `--t5xxl_dtype` work; `--train_t5xxl` does not need `--train_text_encoder`; encoders are saved in `--save_precision`.
 - **`--lr_warmup_steps`** means optimizer steps on any number of GPUs.
 - **`--save_model_as`** other than `safetensors` is refused for FLUX, where the dialect ignores it. For SDXL every choice works, and
   without one a diffusers folder is saved as a diffusers folder.

@@ -25,8 +25,8 @@ def write_config(module: nn.Module, folder: Path, class_name: str = "") -> None:
 
 
 def write_tokenizer(tokenizer: Any, found: Path, folder: Path, length: int, pad: int | None = None) -> None:
-    """``tokenizer``, which was read from ``found``. ``length``: where pipelines cut captions; ``pad``: the token they pad with. The
-    input's files may say neither."""
+    """``tokenizer``, which was read from ``found``. ``length``: where pipelines cut captions; ``pad``: the token they pad with.
+    The input's files may say neither."""
     tokenizer.model_max_length = length
     if pad is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
