@@ -62,6 +62,15 @@ OWN_DEFAULTS: dict[str, dict[str, object]] = {
                         "scale_v_pred_loss_like_noise_pred".split(), False),
         "max_token_length": 75, "multires_noise_discount": 0.3, "sample_sampler": "ddim",
     },
+    "sd3_train.py": {
+        **dict.fromkeys("clip_l clip_g t5xxl vae t5xxl_device t5xxl_dtype learning_rate_te1 learning_rate_te2 learning_rate_te3 "
+                        "num_last_block_to_freeze".split()),
+        **dict.fromkeys("apply_lg_attn_mask apply_t5_attn_mask enable_scaled_pos_embed train_text_encoder train_t5xxl "
+                        "use_t5xxl_cache_only save_clip save_t5xxl".split(), False),
+        **dict.fromkeys("clip_l_dropout_rate clip_g_dropout_rate t5_dropout_rate pos_emb_random_crop_rate".split(), 0.0),
+        "t5xxl_max_token_length": 256, "weighting_scheme": "uniform", "training_shift": 1.0, "logit_mean": 0.0, "logit_std": 1.0,
+        "mode_scale": 1.29,
+    },
 }
 
 NEW: dict[str, str] = {
@@ -73,6 +82,7 @@ NEW: dict[str, str] = {
     "recursive": "pictures in subfolders",
     "skip_image_resolution": "pictures that are too small to learn from need not be sorted out by hand",
     "clip_l_tokenizer": "train without a connection to the hub",
+    "clip_g_tokenizer": "train without a connection to the hub",
     "t5xxl_tokenizer": "train without a connection to the hub",
     "no_metadata": "known from the LoRA scripts of the dialect; here for checkpoints as well",
 }
@@ -134,6 +144,11 @@ BEHAVIOUR = """## Behaviour that differs
 - **`--min_timestep` and `--max_timestep`** are honoured for FLUX.
 - **`--weighting_scheme`** counts where the dialect lets it count (densities with `sigma` sampling, weights with `sigma_scaled`
   prediction) and is refused elsewhere.
+- **SD3**: `--num_last_block_to_freeze` counts blocks; weights of `--weighting_scheme` are each sample's own; noise levels reach the
+  model unrounded; `--apply_lg_attn_mask` and `--apply_t5_attn_mask` act with and without caches, as zeros in place of padding;
+  `--enable_scaled_pos_embed` goes by each picture's own area and not by the resolutions of the dataset; random crops of the position
+  table are drawn per sample; `--use_t5xxl_cache_only` asks for `--cache_text_encoder_outputs`; `--save_clip`, `--save_t5xxl`,
+  `--t5xxl_device` and `--t5xxl_dtype` work; `--train_t5xxl` does not need `--train_text_encoder`; encoders are saved in `--save_precision`.
 - **`--lr_warmup_steps`** means optimizer steps on any number of GPUs.
 - **`--save_model_as`** other than `safetensors` is refused for FLUX, where the dialect ignores it. For SDXL every choice works, and
   without one a diffusers folder is saved as a diffusers folder.

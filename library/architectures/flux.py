@@ -17,12 +17,13 @@ from torch import nn
 from library.architectures.base import DENOISER, TextEncoders
 from library.architectures.clip import load_clip
 from library.architectures.flux_call import keep_time_exact, predict
-from library.architectures.flux_models import load_t5, load_transformer, load_vae
+from library.architectures.flux_models import load_transformer, load_vae
 from library.architectures.flux_options import FluxOptions
 from library.architectures.flux_parts import TOKENIZERS, open_parts, open_tokenizers
 from library.architectures.flux_preview import sample
 from library.architectures.flux_text import Tokenizers, encode_text
 from library.architectures.flux_tokens import read_token_meter
+from library.architectures.t5 import load_t5
 from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
 from library.architectures.vae import encode_image
 from library.checkpoint.export import Export, carry, export_module

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from library.architectures import sdxl_call, sdxl_text
+from library.architectures import clip_states, sdxl_call, sdxl_text
 from library.architectures.base import DENOISER, TextEncoders
 from library.architectures.sdxl_export import save, saved_bytes
 from library.architectures.sdxl_models import load_clip_g, load_clip_l, load_unet, load_vae
@@ -123,7 +123,7 @@ class Sdxl:
         return sdxl_call.blocks(denoiser)
 
     def text_blocks(self, name: str, encoder: nn.Module) -> list[nn.Module]:
-        return sdxl_text.blocks(encoder)
+        return clip_states.blocks(encoder)
 
     def groups(self, denoiser: nn.Module, encoders: TextEncoders, learning_rate: float) -> list[Group]:
         """What trains, named, with gradients switched on for it and off for all else.

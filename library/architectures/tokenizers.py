@@ -142,6 +142,13 @@ def load_tokenizer(spec: TokenizerSpec, folder: Path) -> Any:
                         remedy=f"give a folder with an intact {wanted_files(spec)}") from error
 
 
+def padded(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Any, Any]:
+    """Token numbers and mask (1: a token), both (B, length) int64 on the CPU. Longer captions keep their end token."""
+    encoded = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_attention_mask=True,
+                        return_tensors="pt")
+    return encoded["input_ids"], encoded["attention_mask"]
+
+
 def tokenizer_identity(folder: Path) -> str:
     """Hex digest of the tokenizer's files, independent of where they lie; part of every text cache key."""
     digest = hashlib.sha256()

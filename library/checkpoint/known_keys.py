@@ -37,7 +37,8 @@ MODELS = [
     ((r"^model\.layers\.\d+\.(self_attn|mlp)\.", ), "a language model"),
     ((r"^layers\.\d+\.self_attn\.", ), "a language model"),
 ]
-SCRIPTS = {"a FLUX.1": "flux_train.py", "an SDXL": "sdxl_train.py"}  # how a title begins -> what trains such a model
+# how a title begins -> what trains such a model
+SCRIPTS = {"a FLUX.1": "flux_train.py", "an SDXL": "sdxl_train.py", "an SD3": "sd3_train.py"}
 QUANTISED = [
     (r"\.quant_state\.bitsandbytes__|\.absmax$|\.quant_map$", "bitsandbytes 4-bit (nf4 / fp4)"),
     (r"\.SCB$", "bitsandbytes 8-bit"),

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import flux_train
+import sd3_train
 import sdxl_train
+from library.checkpoint.sd3_keys import MMDIT_PREFIX
 from library.checkpoint.sdxl_keys import UNET_PREFIX
 from library.config.parse import Entry
 from tests.contract import converters
 from tests.tiny import make_flux_files
+from tests.tiny_sd3 import ENCODERS, make_sd3_files
 from tests.tiny_sdxl import make_sdxl_files
 
 Tensors = Mapping[str, Tensor]
@@ -94,6 +97,18 @@ def _trained_by_encoders(name: str) -> bool:
     return (first and not any(part in name for part in idle)) or (second and "logit_scale" not in name)
 
 
+def _sd3(variant: str, embedded: tuple[str, ...] = (), encoders: tuple[str, ...] = (), one_encoder: tuple[str, ...] = ()) -> Case:
+    schemes = ("uniform", "logit_normal", "mode", "sigma_sqrt", "cosmap")
+    return Case(
+        variant, sd3_train.ENTRY, lambda folder: make_sd3_files(folder, variant, embedded).checkpoint,
+        settings=(*(("--weighting_scheme", name) for name in schemes), ("--training_shift", "3")),
+        oracle=lambda answer: answer, landed=_flow_landing, time_input=lambda denoiser: denoiser.time_text_embed.time_proj,
+        level=torch.tensor([0.7071]), time=707.1,
+        trains=lambda name: name.startswith(MMDIT_PREFIX) and not name.endswith("pos_embed"), diffusers=converters.sd3,
+        encoders=encoders, one_encoder=one_encoder, encoder_names=lambda name: name.startswith("text_encoders."),
+    )
+
+
 CASES = (
     _flux("dev"),
     _flux("schnell"),
@@ -105,4 +120,7 @@ CASES = (
         encoders=("--train_text_encoder",), one_encoder=("--train_text_encoder", "--learning_rate_te1", "0"),
         encoder_names=_trained_by_encoders,
     ),
+    _sd3("sd3-medium", ENCODERS, ("--train_text_encoder", "--train_t5xxl"), ("--train_text_encoder", "--learning_rate_te2", "0")),
+    _sd3("sd3.5-medium"),
+    _sd3("sd3.5-large"),
 )

@@ -34,6 +34,14 @@ def flux(path: Path) -> tuple[Tensors, Tensors]:
     return theirs, load_transformer(describe(open_source(path)), torch.float32, "cpu").state_dict()
 
 
+def sd3(path: Path) -> tuple[Tensors, Tensors]:
+    from library.architectures.sd3_models import load_transformer
+    from library.architectures.sd3_parts import describe
+
+    theirs = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(_read(path))
+    return theirs, load_transformer(describe(open_source(path)), torch.float32, "cpu").state_dict()
+
+
 def sdxl(path: Path) -> tuple[Tensors, Tensors]:
     from library.architectures.sdxl_models import load_unet
     from library.architectures.sdxl_parts import open_parts
