@@ -3,8 +3,8 @@
 Latents are (B, 16, H/8, W/8) = (z - 0.1159) * 0.3611 in 2.0, and (B, 4, H/8, W/8) = z * 0.13025 in Lumina-Next. Facts stand once:
 calling the transformers in ``lumina_call.py``, their files in ``lumina_parts.py``, modules and their configurations in
 ``lumina_models.py`` and ``gemma.py``, text in ``lumina_text.py``, saving in ``lumina_export.py``, previews in
-``lumina_preview.py``, key names in ``checkpoint/lumina_keys.py``, ``lumina_next_keys.py`` and ``gemma_keys.py``. This page puts them
-together for one run.
+``lumina_preview.py``, key names in ``checkpoint/lumina_keys.py``, ``lumina_next_keys.py`` and ``gemma_keys.py``. This page puts
+them together for one run.
 """
 
 from __future__ import annotations

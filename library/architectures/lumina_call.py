@@ -2,8 +2,8 @@
 
 Conventions (Alpha-VLLM's ``Lumina-Image-2.0`` and ``Lumina-T2X``, diffusers' pipelines): both count time from noise (0) to
 picture (1), so they take 1 - sigma, and they predict the velocity along that time, latents - noise. Here sigma runs the other way
-and the velocity is noise - latents, so the output is negated. Lumina-Next also predicts a variance, which its flow has no use for:
-the second half of its channels is dropped.
+and the velocity is noise - latents, so the output is negated. Lumina-Next also predicts a variance, which its flow has no use
+for: the second half of its channels is dropped.
 """
 
 from __future__ import annotations

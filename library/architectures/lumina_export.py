@@ -33,7 +33,8 @@ _WEIGHTS = {"transformer": "diffusion_pytorch_model.safetensors", "vae": "diffus
 
 def save(path: Path, parts: LuminaParts, denoiser: nn.Module, dtype: torch.dtype | None, metadata: Mapping[str, str],
          kind: str) -> None:
-    """Write the model as ``--save_model_as`` has it: ``safetensors`` or ``diffusers_safetensors``. It appears whole or not at all.
+    """Write the model as ``--save_model_as`` has it: ``safetensors`` or ``diffusers_safetensors``. It appears whole or not at
+    all.
 
     UserError: no room, or a folder in the way that holds something else.
     """

@@ -36,9 +36,18 @@ def load_transformer(file: LuminaFile, dtype: torch.dtype | None, device: torch.
         # double precision and keeps that, which makes every rotation a double-precision product.
         rope = module.rope_embedder
         rope.freqs_cis = [table.to(device, torch.complex64) for table in rope.freqs_cis]
-    elif file.layout == "diffusers":
-        _refuse_untied(file.source)
+    else:
+        if file.layout == "diffusers":
+            _refuse_untied(file.source)
+        # It makes a mask of ones for the picture, as numbers, which each layer turns into one of its own; as truth values all
+        # layers share it, and ``attention.py`` finds out once that it hides nothing.
+        module.patch_embedder.register_forward_hook(_with_shared_mask)
     return module
+
+
+def _with_shared_mask(_module: nn.Module, _inputs: Any, output: tuple) -> tuple:
+    tokens, mask, sizes, positions = output
+    return tokens, mask.bool(), sizes, positions
 
 
 def layouts(file: LuminaFile) -> list[KeyMap]:

@@ -125,7 +125,8 @@ def wanted_files(spec: TokenizerSpec) -> str:
 
 
 def load_tokenizer(spec: TokenizerSpec, folder: Path) -> Any:
-    """``CLIPTokenizer``, ``T5Tokenizer`` or ``GemmaTokenizer``, by the spec's kind, from a folder with its files; never asks the hub.
+    """``CLIPTokenizer``, ``T5Tokenizer`` or ``GemmaTokenizer``, by the spec's kind, from a folder with its files; never asks the
+    hub.
 
     The concrete classes are used because AutoTokenizer needs a config and finds no padding token in a bare tokenizer.json.
     UserError when the files cannot be read.
