@@ -29,7 +29,7 @@ class Size:
     depths: tuple[int, int, int]
 
 
-SIZES = {"tiny": Size((32, 64, 64), (0, 1, 1)), "quickstart": Size((64, 128, 128), (0, 1, 2))}
+SIZES = {"tiny": Size((32, 64, 128), (0, 1, 1)), "quickstart": Size((64, 128, 192), (0, 1, 2))}
 
 
 def make_unet(size: Size):

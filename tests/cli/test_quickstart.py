@@ -1,8 +1,10 @@
 """The quickstart's own files and commands, with two steps instead of hundreds."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from PIL import Image
@@ -17,12 +19,13 @@ def run(*command, **extra):
     return done.stdout + done.stderr
 
 
-def test_toy_checkpoint_and_main_job(tmp_path):
-    run(sys.executable, "tools/make_toy_flux.py", "--output", tmp_path / "toy")
+@pytest.mark.parametrize(("model", "checkpoint"), [("flux", "flux1-dev.safetensors"), ("sdxl", "sd_xl_base_1.0.safetensors")])
+def test_toy_checkpoint_and_main_job(model, checkpoint, tmp_path):
+    run(sys.executable, f"tools/make_toy_{model}.py", "--output", tmp_path / "toy", "--size", "tiny")
     text = run(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no",
-               "--dynamo_backend", "no", "flux_train.py", "--config_file", "configs/quickstart/flux.toml", "--max_train_steps", 2,
+               "--dynamo_backend", "no", f"{model}_train.py", "--config_file", f"configs/quickstart/{model}.toml", "--max_train_steps", 2,
                "--lr_warmup_steps", 0, "--sample_every_n_steps", 2, "--output_dir", tmp_path, "--logging_dir", tmp_path / "logs",
-               "--pretrained_model_name_or_path", tmp_path / "toy" / "flux1-dev.safetensors")
+               "--pretrained_model_name_or_path", tmp_path / "toy" / checkpoint)
     assert "12 pictures" in text and "Traceback" not in text
     assert len(losses(tmp_path, "quickstart")) == 2
     for name in ("quickstart.safetensors", "quickstart_config.toml", "quickstart_loss.png"):  # what quickstart.sh says is there
@@ -32,6 +35,25 @@ def test_toy_checkpoint_and_main_job(tmp_path):
     assert len(list((tmp_path / "sample").glob("quickstart_0*.png"))) == 2 * len(prompts)
     with Image.open(tmp_path / "sample" / "quickstart_contact_sheet.png") as sheet:
         assert sheet.width > 500
+
+
+@pytest.mark.parametrize("model", ["flux", "sdxl"])
+def test_the_script_builds_what_the_configuration_reads(model):
+    """quickstart.sh and the configuration name the same folder; the file in it is the one that the maker writes."""
+    script = (ROOT / "quickstart.sh").read_text(encoding="utf-8")
+    folder = re.search(rf"^ *{model}\) OUT=(\S+) ", script, flags=re.M)[1]
+    config = tomllib.loads((ROOT / f"configs/quickstart/{model}.toml").read_text(encoding="utf-8"))
+    checkpoint = config["model"]["pretrained_model_name_or_path"]
+    assert checkpoint.startswith(f"{folder}/toy/") and config["output"]["output_dir"] == folder
+    assert checkpoint.rsplit("/", 1)[1] in (ROOT / f"tools/make_toy_{model}.py").read_text(encoding="utf-8")
+
+
+def test_an_unknown_model_is_told_before_anything_is_made():
+    if shutil.which("bash") is None:
+        pytest.skip("no bash here")
+    done = subprocess.run(["bash", "quickstart.sh", "sd9"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == "error: no quickstart for 'sd9'; use: bash quickstart.sh [flux|sdxl] [flags of the training script]\n"
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", ".ci/run", "tools/environment.sh"])
