@@ -1,8 +1,8 @@
 """Complete sets of Lumina-Image 2.0 and of Lumina-Next in the layouts people download, small enough to write in no time.
 
-``make_image_2_files`` and ``make_next_files`` write a transformer in its original layout, a Gemma encoder, an autoencoder and a
-tokenizer, with seeded random weights; ``make_all_in_one`` puts those of 2.0 into one file as ComfyUI does. Key names and shapes follow
-the published files; only the widths are tiny.
+``make_image_2_files`` and ``make_next_files`` write a transformer in its original layout, a Gemma encoder, an autoencoder and
+a tokenizer, with seeded random weights; ``make_all_in_one`` puts those of 2.0 into one file as ComfyUI does. Names and shapes
+follow the published files; only the widths are tiny.
 """
 
 from __future__ import annotations

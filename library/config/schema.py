@@ -40,8 +40,8 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str | None = flag(
         None, "model to start from: .safetensors file, sharded index, diffusers folder, or hub id", metavar="PATH", required=True)
-    attn_mode: str | None = flag(None, "attention by torch's own kernels, or by flash-attn (which needs no room and no time for "
-                                 "masked text)", choices=("torch", "flash"), default_text="torch")
+    attn_mode: str | None = flag(None, "attention by torch's own kernels, or by flash-attn, which wastes nothing on the "
+                                 "padding of texts", choices=("torch", "flash"), default_text="torch")
     use_flash_attn: bool = flag(False, "the same as --attn_mode flash")
 
     @property
