@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,17 @@ def caption_words() -> list[str]:
     return sorted(set(text), key=lambda word: (-text.count(word), word))
 
 
-def main(title: str, sizes: Mapping[str, Any], make: Callable[[Path, Any, int], None]) -> None:
-    """The command line of a maker."""
+def main(title: str, sizes: Mapping[str, Any], make: Callable[..., None], families: Sequence[str] = ()) -> None:
+    """The command line of a maker: ``make(folder, size, seed)``, or of several ``families`` ``make(folder, size, seed, family)``;
+    the first is made where none is asked for."""
     parser = argparse.ArgumentParser(description=f"Write an untrained {title} for trying things out.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--size", choices=sorted(sizes), default="quickstart")
     parser.add_argument("--seed", type=int, default=0)
+    if families:
+        parser.add_argument("--family", choices=families, default=families[0])
     arguments = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by diffusers; advises packages of no use here
-    make(arguments.output, sizes[arguments.size], arguments.seed)
-    print(f"{title} ({arguments.size}) in {arguments.output}")
+    chosen = (arguments.family,) if families else ()
+    make(arguments.output, sizes[arguments.size], arguments.seed, *chosen)
+    print(f"{title} ({', '.join([*chosen, arguments.size])}) in {arguments.output}")

@@ -1,12 +1,12 @@
 """Which kernel computes attention, chosen in one place for every model and for one module at a time.
 
-diffusers' own switch, ``set_attention_backend``, is heeded by a part of its models only, does nothing without a word on the others,
-and changes a default of the whole process. Here each attention module of a denoiser runs its own forward as always, and only its
-call of ``scaled_dot_product_attention`` is answered differently.
+diffusers' own switch, ``set_attention_backend``, is heeded by a part of its models only, does nothing without a word on the
+others, and changes a default of the whole process. Here each attention module of a denoiser runs its own forward as always, and
+only its call of ``scaled_dot_product_attention`` is answered differently.
 
-Masks are what kernels differ in. The models here hide keys, the padding of texts; torch's fast kernel takes no mask at all, and the
-one it falls back to first writes a mask that was expanded to (B, H, Lq, Lk) out in full, 1 GiB for 4,096 tokens and 32 heads. So a
-mask is looked at once: one that hides nothing is left out, and ``flash`` drops the hidden keys instead of computing and masking them.
+Masks are what kernels differ in. The models here hide keys, the padding of texts; torch's fast kernel takes no mask at all, and
+the one it falls back to first writes a mask that was expanded to (B, H, Lq, Lk) out in full, 1 GiB for 4,096 tokens and 32 heads.
+So a mask is looked at once: one that hides nothing is left out, and ``flash`` drops the hidden keys instead of masking them.
 
 Letters: B batch, H heads, Lq and Lk tokens that ask and that are asked, D width of a head.
 """
@@ -58,7 +58,7 @@ def flash_kernel() -> Kernel:
 
 
 class _Forward:
-    """Takes the place of ``forward`` on one attention module. An object and no closure, so that copies of the module are whole."""
+    """Takes the place of ``forward`` on one attention module. No closure, so that copies of the module run on their weights."""
 
     def __init__(self, module: nn.Module, router: Router):
         self.module, self.router = module, router
@@ -204,7 +204,8 @@ class FlashKernel:
         self.dense, self.varlen, self.takes = dense, varlen, takes
 
     def __call__(self, call: Call) -> torch.Tensor:
-        query, key, value = (_as_autocast(tensor).transpose(1, 2) for tensor in (call.query, call.key, call.value))  # (B, L, H, D)
+        # (B, L, H, D) each
+        query, key, value = (_as_autocast(tensor).transpose(1, 2) for tensor in (call.query, call.key, call.value))
         if not self.takes(query):
             return call.by_torch()
         if call.keys is None:
