@@ -31,8 +31,8 @@ caption_prefix caption_suffix secondary_separator face_crop_aug_range resize_int
 validate_every_n_epochs max_validation_steps""".split()
 _OFF = """output_config console_log_simple enable_bucket bucket_no_upscale cache_latents
 cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk full_bf16 gradient_checkpointing
-sample_at_first log_config cpu_offload_checkpointing fused_backward_pass blockwise_fused_optimizers cache_info debug_dataset enable_wildcard shuffle_caption color_aug flip_aug
-random_crop alpha_mask masked_loss skip_cache_check skip_latents_validity_check""".split()
+sample_at_first log_config cpu_offload_checkpointing fused_backward_pass blockwise_fused_optimizers cache_info
+debug_dataset enable_wildcard shuffle_caption color_aug flip_aug random_crop alpha_mask masked_loss skip_cache_check skip_latents_validity_check use_flash_attn""".split()
 
 PEER_DEFAULTS: dict[str, object] = {
     **dict.fromkeys(_NONE), **dict.fromkeys(_OFF, False),
@@ -71,6 +71,11 @@ OWN_DEFAULTS: dict[str, dict[str, object]] = {
         "t5xxl_max_token_length": 256, "weighting_scheme": "uniform", "training_shift": 1.0, "logit_mean": 0.0, "logit_std": 1.0,
         "mode_scale": 1.29,
     },
+    "lumina_train.py": {
+        **dict.fromkeys("gemma2 ae vae".split()), "gemma2_max_token_length": 256, "system_prompt": "",
+        "timestep_sampling": "shift", "weighting_scheme": "uniform", "discrete_flow_shift": 6.0, "sigmoid_scale": 1.0,
+        "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "model_prediction_type": "raw",
+    },
 }
 
 NEW: dict[str, str] = {
@@ -84,6 +89,8 @@ NEW: dict[str, str] = {
     "clip_l_tokenizer": "train without a connection to the hub",
     "clip_g_tokenizer": "train without a connection to the hub",
     "t5xxl_tokenizer": "train without a connection to the hub",
+    "gemma2_tokenizer": "train without a connection to the hub",
+    "attn_mode": "one choice of attention for all models; `--use_flash_attn`, in the dialect a flag of Lumina, is short for `flash`",
     "no_metadata": "known from the LoRA scripts of the dialect; here for checkpoints as well",
 }
 
@@ -141,7 +148,14 @@ BEHAVIOUR = """## Behaviour that differs
 - **`accelerate launch --mixed_precision bf16`** counts when neither the command line of the script nor the file says otherwise.
 - **bf16 weights** are rounded stochastically, whatever the optimizer, so that small updates are not lost.
   `--weights_dtype fp32` keeps float32 weights at twice the memory.
-- **`--min_timestep` and `--max_timestep`** are honoured for FLUX.
+- **`--min_timestep` and `--max_timestep`** are honoured for FLUX and Lumina.
+- **Lumina-Next**, which the dialect does not train, is trained by `lumina_train.py` like Lumina-Image 2.0; a diffusers folder of
+  either is saved as a folder.
+- **`--model_prediction_type sigma_scaled` and `additive`** have the signs of Lumina's time and velocity; the dialect took them
+  from FLUX, where both are the other way round.
+- **`--use_flash_attn`** works for every model, and without the package through torch's own kernel. **`--use_sage_attn`** is
+  refused: it has no backward pass.
+- **`--system_prompt`** stands before every caption but the empty one, and counts in `--gemma2_max_token_length`.
 - **`--weighting_scheme`** counts where the dialect lets it count (densities with `sigma` sampling, weights with `sigma_scaled`
   prediction) and is refused elsewhere.
 - **SD3**: `--num_last_block_to_freeze` counts blocks; weights of `--weighting_scheme` are each sample's own; noise levels reach the
@@ -150,8 +164,8 @@ BEHAVIOUR = """## Behaviour that differs
   table are drawn per sample; `--use_t5xxl_cache_only` asks for `--cache_text_encoder_outputs`; `--save_clip`, `--save_t5xxl`,
   `--t5xxl_device` and `--t5xxl_dtype` work; `--train_t5xxl` does not need `--train_text_encoder`; encoders are saved in `--save_precision`.
 - **`--lr_warmup_steps`** means optimizer steps on any number of GPUs.
-- **`--save_model_as`** other than `safetensors` is refused for FLUX, where the dialect ignores it. For SDXL every choice works, and
-  without one a diffusers folder is saved as a diffusers folder.
+- **`--save_model_as`** other than `safetensors` is refused for FLUX, where the dialect ignores it. For SDXL every choice works,
+  for Lumina `safetensors` and `diffusers_safetensors`; without one a diffusers folder is saved as a diffusers folder.
 - **SDXL's pooled embedding** is right for single files: their `text_projection` is transposed when it is read. The dialect takes it
   as it lies, so that models trained there learned with another vector than the one they are used with.
 - **`--learning_rate_te1 0`** and zeros in `--block_lr` leave these weights without gradients. Encoders that do not train can be

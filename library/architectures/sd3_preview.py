@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from library.architectures.sd3_text import context
-from library.architectures.vae import decode_image
+from library.architectures.vae import decode_image, to_picture
 from library.prompts import Prompt
 
 SHIFT = 3.0  # scheduler_config.json of all releases
@@ -44,5 +44,4 @@ def sample(denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mappin
             negative_pooled_prompt_embeds=other_pooled, guidance_scale=prompt.cfg, height=prompt.height, width=prompt.width,
             num_inference_steps=prompt.steps, generator=torch.Generator("cpu").manual_seed(prompt.seed), output_type="latent",
         ).images  # (1, 16, h, w)
-    pixels = decode_image(vae, latents)[0]  # (3, H, W) in [-1, 1]
-    return Image.fromarray(((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+    return to_picture(decode_image(vae, latents)[0])

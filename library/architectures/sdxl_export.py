@@ -14,13 +14,12 @@ from torch import nn
 from library.architectures import clip, vae
 from library.architectures.clip_chunks import CONTEXT
 from library.architectures.loading import fitting
-from library.architectures.pipeline_folder import write_config, write_json, write_tokenizer
+from library.architectures.pipeline_folder import pipeline_folder, write_config, write_json, write_tokenizer
 from library.architectures.sdxl_models import build_unet, unet_layouts, unet_table
 from library.architectures.sdxl_options import SCALING
 from library.architectures.sdxl_parts import TOKENIZER, TOKENIZER_2, SdxlParts
 from library.architectures.sdxl_text import SECOND_PAD
 from library.architectures.tokenizers import load_tokenizer
-from library.atomic import atomic_folder
 from library.checkpoint.autoencoder_keys import AUTOENCODER_QUANT
 from library.checkpoint.clip_keys import CLIP, CLIP_PROJECTED, OPEN_CLIP
 from library.checkpoint.export import Entry, Export, carry, convert, export_module
@@ -31,9 +30,8 @@ from library.checkpoint.reader import build_on_meta
 from library.checkpoint.sdxl_keys import (CLIP_G_PREFIX, CLIP_L_PREFIX, UNET_PREFIX, V_PREDICTION, VAE_PREFIX,
                                           ZERO_TERMINAL_SNR)
 from library.checkpoint.source import Source
-from library.checkpoint.writer import require_room, write_safetensors
-from library.config.save_formats import PIPELINE_INDEX, SUFFIXES, is_pipeline
-from library.errors import UserError
+from library.checkpoint.writer import write_safetensors
+from library.config.save_formats import PIPELINE_INDEX, SUFFIXES
 
 _PREFIXES = {"unet": UNET_PREFIX, "clip_l": CLIP_L_PREFIX, "clip_g": CLIP_G_PREFIX, "vae": VAE_PREFIX}  # of the single file
 _TABLES = {"clip_l": CLIP, "clip_g": OPEN_CLIP, "vae": AUTOENCODER_QUANT}
@@ -58,11 +56,7 @@ def save(path: Path, parts: SdxlParts, trained: Mapping[str, nn.Module], dtype: 
     """
     facts = {"predicts_velocity": predicts_velocity, "zero_terminal_snr": zero_terminal_snr}
     if not SUFFIXES[kind]:
-        if path.exists() and not is_pipeline(path):
-            raise UserError("is there already, and is no diffusers model that could be replaced", place=str(path),
-                            remedy="choose another --output_name, or move it away")
-        require_room(path, saved_bytes(parts, dtype))
-        with atomic_folder(path) as folder:
+        with pipeline_folder(path, saved_bytes(parts, dtype)) as folder:
             write_folder(folder, parts, trained, dtype, **facts, metadata=metadata, pickled=kind == "diffusers")
         return
     tensors = single_file(parts, trained, dtype, **facts)

@@ -33,7 +33,7 @@ class FlowOptions:
     title: ClassVar[str] = "Objective"
 
     timestep_sampling: str = flag("shift", "how noise levels are drawn",
-                                  choices=("sigma", "uniform", "sigmoid", "shift", "flux_shift"))
+                                  choices=("sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift"))
     weighting_scheme: str = flag(
         "uniform", "with sigma sampling: density of levels; with sigma_scaled prediction: weight of the loss",
         choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"), off="none")

@@ -8,11 +8,16 @@ captions and caches stand in ``data_options.py``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from library.config.values import flag, read_warmup
+
+if TYPE_CHECKING:
+    from library.config.check import Problem
+    from library.config.parse import Config
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,21 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str | None = flag(
         None, "model to start from: .safetensors file, sharded index, diffusers folder, or hub id", metavar="PATH", required=True)
+    attn_mode: str | None = flag(None, "attention by torch's own kernels, or by flash-attn, which wastes nothing on the "
+                                 "padding of texts", choices=("torch", "flash"), default_text="torch")
+    use_flash_attn: bool = flag(False, "the same as --attn_mode flash")
+
+    @property
+    def attention(self) -> str:
+        """``torch`` or ``flash``."""
+        return self.attn_mode or ("flash" if self.use_flash_attn else "torch")
+
+    def problems(self, config: Config) -> Iterator[Problem]:
+        """A choice that contradicts itself."""
+        from library.config.check import conflict  # which imports this package's other modules
+
+        if self.use_flash_attn and self.attn_mode == "torch":
+            yield conflict(config, "attn_mode use_flash_attn", "torch contradicts --use_flash_attn", "leave one of the two out")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class Flow:
             return density.table(scheme_position(options, draws), options.discrete_flow_shift)
         if sampling == "uniform":
             return draws.uniform
+        if sampling == "nextdit_shift":
+            return density.shift(draws.uniform, density.resolution_shift_factor(tokens))
         level = density.logit_normal(draws.normal, std=options.sigmoid_scale)
         if sampling == "sigmoid":
             return level

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import flux_train
+import lumina_train
 import sd3_train
 import sdxl_train
 from library.checkpoint.sd3_keys import MMDIT_PREFIX
@@ -18,6 +19,7 @@ from library.checkpoint.sdxl_keys import UNET_PREFIX
 from library.config.parse import Entry
 from tests.contract import converters
 from tests.tiny import make_flux_files
+from tests.tiny_lumina import make_image_2_files, make_next_files
 from tests.tiny_sd3 import ENCODERS, make_sd3_files
 from tests.tiny_sdxl import make_sdxl_files
 
@@ -90,6 +92,17 @@ def _flux(variant: str) -> Case:
     )
 
 
+def _lumina(name: str, make: Callable[[Path], Any], oracle: Callable[[Tensor], Tensor], diffusers: Callable[[Path], Any],
+            unused: str) -> Case:
+    samplings = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift")
+    return Case(
+        name, lumina_train.ENTRY, lambda folder: make(folder).checkpoint, oracle=oracle, landed=_flow_landing,
+        settings=tuple(("--timestep_sampling", sampling) for sampling in samplings),
+        time_input=lambda denoiser: denoiser.time_caption_embed.time_proj, level=torch.tensor([0.7071]), time=0.2929,
+        trains=lambda name: name != unused, diffusers=diffusers,
+    )
+
+
 def _trained_by_encoders(name: str) -> bool:
     """All but the last layer and the final norm of the first encoder, and what is no weight."""
     first, second = name.startswith("conditioner.embedders.0."), name.startswith("conditioner.embedders.1.")
@@ -112,6 +125,10 @@ def _sd3(variant: str, embedded: tuple[str, ...] = (), encoders: tuple[str, ...]
 CASES = (
     _flux("dev"),
     _flux("schnell"),
+    _lumina("lumina-image-2", make_image_2_files, lambda answer: -answer, converters.lumina_image_2, unused="norm_final.weight"),
+    # it says something about the variance, too
+    _lumina("lumina-next", make_next_files, lambda answer: torch.cat([-answer, torch.ones_like(answer)], dim=1),
+            converters.lumina_next, unused="pad_token"),
     Case(
         "sdxl", sdxl_train.ENTRY, lambda folder: make_sdxl_files(folder).checkpoint,
         settings=((), ("--v_parameterization",), ("--v_parameterization", "--zero_terminal_snr"), ("--min_timestep", "900")),

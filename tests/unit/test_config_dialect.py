@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 
 import flux_train
+import lumina_train
 import sd3_train
 import sdxl_train
 from library.config.dialect import DIALECT, ELSEWHERE, INERT, LATER
 from library.config.parse import parse
 from library.errors import UserError
 
-ENTRY, ENTRIES = flux_train.ENTRY, (flux_train.ENTRY, sdxl_train.ENTRY, sd3_train.ENTRY)
+ENTRY, ENTRIES = flux_train.ENTRY, (flux_train.ENTRY, sdxl_train.ENTRY, sd3_train.ENTRY, lumina_train.ENTRY)
 NAMES = (Path(__file__).parents[1] / "data" / "dialect_flags.txt").read_text().split()
 REQUIRED = ["--pretrained_model_name_or_path", ".", "--dataset_config", __file__, "--output_dir", "out"]
 
