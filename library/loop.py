@@ -22,6 +22,7 @@ from library.memory.report import peak_bytes
 from library.objectives.base import Objective
 from library.objectives.loss import mean
 from library.objectives.noise import draw
+from library.memory.in_backward import StepInBackward
 from library.optim.updater import NonFinite, StepAfterBackward, UpdateInfo
 from library.step import training_losses
 
@@ -35,7 +36,7 @@ class Task:
     denoiser: nn.Module
     encoders: TextEncoders  # those that train
     objective: Objective
-    updater: StepAfterBackward
+    updater: StepAfterBackward | StepInBackward
     encoded: Encoded
     plan: StepPlan
     seed: int
@@ -78,10 +79,10 @@ def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None
     groups = _read(task)
     with closing(groups):
         for group in groups:
-            losses = [_backward(task, batch, group.step, group.real_samples, last=index == len(group.micro) - 1)
-                      for index, batch in enumerate(group.micro)]
+            losses: list[torch.Tensor] = []
             try:
-                update = task.updater.after_backward(group.step, task.total_steps, True, task.scaler)
+                for index, batch in enumerate(group.micro):
+                    update = _microbatch(task, batch, group, index == len(group.micro) - 1, losses)
             except NonFinite as error:
                 raise _not_finite(task.runtime, group.step + 1, losses, group.micro) or error from error
             loss = task.runtime.sum_over_ranks(torch.stack([part.sum() for part in losses]).sum()).item() / group.real_samples
@@ -107,11 +108,18 @@ def _read(task: Task) -> Generator[StepMicro, None, None]:
         raise
 
 
-def _backward(task: Task, batch: Batch, step: int, samples: int, last: bool) -> torch.Tensor:
-    """Losses (B,) of one micro-batch, detached; its gradients are added to what is there.
+def _microbatch(task: Task, batch: Batch, group: StepMicro, last: bool, losses: list[torch.Tensor]) -> UpdateInfo | None:
+    """Forward, backward and, with the last one of a step, the update. Its losses (B,), detached, are put to ``losses``.
 
     Each micro-batch counts by its samples, not as one of several equal parts, so that 1x4 and 4x1 give the same step.
     """
+    task.updater.begin_microbatch(group.step, task.total_steps, last)
+    _backward(task, batch, group.step, group.real_samples, last, losses)
+    return task.updater.after_backward(group.step, task.total_steps, last, task.scaler)
+
+
+def _backward(task: Task, batch: Batch, step: int, samples: int, last: bool, seen: list[torch.Tensor]) -> None:
+    """Gradients are added to what is there. NonFinite before the backward pass where that would use them up."""
     runtime = task.runtime
     given = task.encoded.batch(batch)
     weight = batch.weight.to(runtime.device, non_blocking=True)
@@ -124,10 +132,12 @@ def _backward(task: Task, batch: Batch, step: int, samples: int, last: bool) -> 
             text = task.arch.vary_text(task.text(given.text, batch.captions), draws)
             losses = training_losses(task.arch, task.denoiser, task.objective, given.latents, text, given.geometry, weight,
                                      given.mask, draws)
+        seen.append(losses.detach())
+        if task.updater.inside_backward and runtime.any_rank(not bool(losses.isfinite().all())):  # waits for the device
+            raise NonFinite("the loss is NaN or infinite", place=f"step {step + 1}")
         # It averages gradients over ranks; the loss is a mean over all their samples, hence the factor.
         total = mean(losses, samples) * runtime.world_size
         (task.scaler.scale(total) if task.scaler is not None else total).backward()
-    return losses.detach()
 
 
 def _not_finite(runtime: Runtime, step: int, losses: list[torch.Tensor], micro: tuple[Batch, ...]) -> NonFinite | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -38,10 +39,11 @@ class Outputs:
     """Decides after each step what is due and writes it, on the first rank; the others wait. A context manager."""
 
     def __init__(self, config: Config, runtime: Runtime, arch: Architecture, method: ModuleType, denoiser: nn.Module,
-                 encoders: TextEncoders, encoded: Encoded, prompts: tuple[Prompt, ...], resolution: tuple[int, int], *,
-                 total_steps: int, steps_per_epoch: int, validate: Callable[[StepReport], float | None]):
+                 encoders: TextEncoders, readable: Callable[[], AbstractContextManager], encoded: Encoded,
+                 prompts: tuple[Prompt, ...], resolution: tuple[int, int], *, total_steps: int, steps_per_epoch: int,
+                 validate: Callable[[StepReport], float | None]):
         self.config, self.runtime, self.arch, self.method = config, runtime, arch, method
-        self.denoiser, self.encoders, self.encoded = denoiser, encoders, encoded
+        self.denoiser, self.encoders, self.encoded, self.readable = denoiser, encoders, encoded, readable
         self.modules: dict[str, nn.Module] = {DENOISER: denoiser, **encoders.modules}
         self.prompts, self.resolution = prompts, resolution
         self.total_steps, self.steps_per_epoch, self.validate = total_steps, steps_per_epoch, validate
@@ -202,5 +204,6 @@ class Outputs:
                 merged_from=fields.metadata_merged_from, trigger_phrase=fields.metadata_trigger_phrase,
                 extra={"ss_steps": str(info["step"]), "ss_epoch": str(info["epoch"])},
             )
-        self.method.export(self.arch, self.modules, path, self.stored_dtype, metadata, self.format)
+        with self.readable():
+            self.method.export(self.arch, self.modules, path, self.stored_dtype, metadata, self.format)
         log.info("saved %s (%.2f GB in %.1f s)", path, size_of(path) / 1e9, time.monotonic() - started)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.architectures.base import NO_ENCODERS, TextEncoders
+from library.architectures.base import NO_ENCODERS
 from library.checkpoint.metadata import thumbnail_url
 from library.config.parse import Config, Entry
 from library.config.save_formats import SUFFIXES
@@ -33,14 +33,11 @@ from library.saving import endangered
 from library.trackers import tracker_arguments
 
 if TYPE_CHECKING:
-    import torch
-
     from library.architectures.base import Architecture, ArchitectureModule
     from library.data.tokens import TokenMeter
     from library.dist import Runtime
     from library.encode import Encoded
     from library.loop import StepReport, Task
-    from library.optim.groups import Group
 
 CAPTIONS_COUNTED = 2000  # the longest ones: about a second
 
@@ -78,6 +75,7 @@ def run(entry: Entry, config: Config) -> None:
     method = importlib.import_module(entry.method)
     general, optimizer = config.general, config.optimizer
 
+    from library.build import build_task, loading_device, open_engine, weights_dtype
     from library.loop import train
     from library.outputs import Outputs
 
@@ -93,11 +91,12 @@ def run(entry: Entry, config: Config) -> None:
     rates = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
     training = tuple(arch.encoder_rates(optimizer.learning_rate))
     encoded = encode(config, data, arch, runtime, total_steps, training)
-    denoiser = arch.load_denoiser(runtime.device, weights_dtype(config))
+    denoiser = arch.load_denoiser(loading_device(config.memory, runtime.device), weights_dtype(config))
     encoders = arch.load_text_encoders(training, runtime.device, weights_dtype(config)) if training else NO_ENCODERS
     groups = method.prepare(arch, denoiser, encoders, optimizer.learning_rate)
-    task = build_task(config, runtime, arch, denoiser, encoders, groups, encoded, plan, rates, total_steps)
-    with Outputs(config, runtime, arch, method, denoiser, encoders, encoded, data.prompts, data.resolution,
+    engine = open_engine(config.memory, arch, denoiser, encoders, runtime.device)
+    task = build_task(config, runtime, arch, denoiser, encoders, groups, engine, encoded, plan, rates, total_steps)
+    with Outputs(config, runtime, arch, method, denoiser, encoders, engine.readable, encoded, data.prompts, data.resolution,
                  total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch,
                  validate=build_validation(config, runtime, data, task)) as outputs:
         log.info("ready after %.1f s; steps in all: %d", time.monotonic() - started, total_steps)
@@ -263,54 +262,6 @@ def count_steps(config: Config, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run: ``--max_train_epochs`` wins over ``--max_train_steps``."""
     epochs = config.training.max_train_epochs
     return epochs * steps_per_epoch if epochs else config.training.max_train_steps
-
-
-def weights_dtype(config: Config) -> torch.dtype:
-    """The dtype in which trained weights are kept."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.weights_dtype]
-
-
-def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: torch.nn.Module, encoders: TextEncoders,
-               groups: list[Group], encoded: Encoded, plan: plans.StepPlan, rates: schedule.Schedule, total_steps: int) -> Task:
-    """Recompute, optimizer and objective around the loaded modules: all that a step needs. ``encoders``: those that train."""
-    import torch
-
-    from library.loop import Task
-    from library.memory.recompute import Recompute
-    from library.optim import rounding, updater
-    from library.optim.groups import assert_partition
-
-    options, seed = config.optimizer, config.general.seed
-    trained = {"": denoiser, **encoders.modules}
-    assert_partition(groups, ((f"{prefix}.{name}", parameter) for prefix, module in trained.items()
-                              for name, parameter in module.named_parameters()))
-    for group in groups:
-        log.info("training %s: %.1f M parameters in %s, learning rate %g", group.name,
-                 sum(p.numel() for _, p in group.params) / 1e6, str(group.params[0][1].dtype).removeprefix("torch."),
-                 group.learning_rate)
-    if config.memory.gradient_checkpointing:
-        Recompute([*arch.blocks(denoiser),
-                   *(block for name, encoder in encoders.modules.items() for block in arch.text_blocks(name, encoder))])
-    rounded = rounding.StochasticRounding(groups, seed) if weights_dtype(config) is torch.bfloat16 else None
-    stepped = rounded.groups if rounded else groups
-    optimizer = table.build(options.optimizer_type, options.optimizer_args, stepped, options.learning_rate)
-    return Task(
-        runtime=runtime,
-        arch=arch,
-        denoiser=runtime.replicate(denoiser),
-        encoders=replace(encoders, modules={name: runtime.replicate(module) for name, module in encoders.modules.items()}),
-        objective=arch.objective(config.loss),
-        updater=updater.StepAfterBackward(optimizer, groups, rates, options.max_grad_norm, rounded),
-        encoded=encoded,
-        plan=plan,
-        seed=seed,
-        first_step=0,
-        total_steps=total_steps,
-        workers=config.dataset.workers(latents_cached=encoded.train.latents is not None),
-        scaler=torch.amp.GradScaler(runtime.device.type) if config.precision.mixed_precision == "fp16" else None,
-    )
 
 
 def build_validation(config: Config, runtime: Runtime, data: DataPlan, task: Task) -> Callable[[StepReport], float | None]:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from library.config.save_formats import SUFFIXES, is_pipeline
+from library.config.save_formats import BESIDE, SUFFIXES, beside, is_pipeline
 from library.log import log
 
 SUFFIX = SUFFIXES["safetensors"]
@@ -37,7 +37,8 @@ def epochs_between_saves(every_n_epochs: int | None, n_epoch_ratio: int | None, 
 
 def endangered(output_dir: Path, output_name: str, inputs: Iterable[Path], suffix: str = SUFFIX) -> list[Path]:
     """Of ``inputs`` those that a run with this folder and name would sooner or later write over."""
-    ours = re.compile(rf"{re.escape(output_name)}(-step\d{{8,}}|-\d{{6,}})?{re.escape(suffix)}")
+    parts = rf"(_({'|'.join(BESIDE)}))?" if suffix else ""
+    ours = re.compile(rf"{re.escape(output_name)}(-step\d{{8,}}|-\d{{6,}})?{parts}{re.escape(suffix)}")
     folder = output_dir.resolve()
 
     def replaced(place: Path) -> bool:  # itself, or with the folder that holds it
@@ -122,5 +123,8 @@ class Saver:
                 continue  # no folder of ours
             try:
                 path.unlink(missing_ok=True) if self.suffix else shutil.rmtree(path)
+                for companion in [beside(path, part) for part in BESIDE] if self.suffix else ():
+                    if companion.resolve() not in self.protected:
+                        companion.unlink(missing_ok=True)
             except OSError as error:  # on Windows a file that another program has loaded cannot be removed
                 log.warning("%s is no longer kept, but could not be removed: %s", path, error.strerror or error)

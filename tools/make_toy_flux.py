@@ -20,7 +20,6 @@ from tools import toy_parts  # noqa: E402
 
 HEAD_DIM, ROPE_AXES = 32, (4, 14, 14)  # FLUX.1 has heads of 128 with axes (16, 56, 56): the same proportions
 CLIP_WIDTH, CLIP_LAYERS = 64, 2
-T5_WIDTH, T5_LAYERS, T5_HEADS, T5_KEY_WIDTH, T5_INNER = 64, 2, 4, 16, 128
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def make_transformer(size: Size):
 
     model = FluxTransformer2DModel(
         in_channels=64, num_layers=size.double_blocks, num_single_layers=size.single_blocks, attention_head_dim=HEAD_DIM,
-        num_attention_heads=size.heads, joint_attention_dim=T5_WIDTH, pooled_projection_dim=CLIP_WIDTH, guidance_embeds=True,
+        num_attention_heads=size.heads, joint_attention_dim=toy_parts.T5_WIDTH, pooled_projection_dim=CLIP_WIDTH, guidance_embeds=True,
         axes_dims_rope=ROPE_AXES,
     )
     for name, module in model.named_modules():
@@ -55,49 +54,22 @@ def make_transformer(size: Size):
     return model
 
 
-def make_t5(vocabulary: int):
-    """T5EncoderModel (gated) with embeddings of unit size and sublayers that mix neighbouring words."""
-    import torch
-    from transformers import T5Config, T5EncoderModel
-
-    model = T5EncoderModel(T5Config(
-        vocab_size=vocabulary, d_model=T5_WIDTH, d_kv=T5_KEY_WIDTH, num_heads=T5_HEADS, d_ff=T5_INNER, num_layers=T5_LAYERS,
-        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, dropout_rate=0.0,
-    ))
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            if "shared" in name or "relative" in name:
-                torch.nn.init.normal_(parameter, std=1.0)
-            else:
-                torch.nn.init.xavier_uniform_(parameter)
-    return model
-
-
-def write(path: Path, module, keymap, dtype, **options) -> None:
-    """``module`` as the file of ``keymap``'s layout."""
-    from library.checkpoint.export import export_module
-    from library.checkpoint.keymap import module_shapes
-    from library.checkpoint.writer import write_safetensors
-
-    tensors = export_module(module, keymap.bind(module_shapes(module)), dtype=dtype, **options)
-    write_safetensors(path, tensors.entries, tensors.get)
-
-
 def make(folder: Path, size: Size, seed: int) -> None:
     """Write the whole set below ``folder``."""
     import torch
 
-    from library.checkpoint import clip_keys, flux_keys
+    from library.checkpoint import clip_keys, flux_keys, t5_keys
     from tools.toy_tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     words = toy_parts.caption_words()
     vocabularies = write_clip_tokenizer(folder / "clip_l_tokenizer", words), write_t5_tokenizer(folder / "t5xxl_tokenizer", words)
     torch.manual_seed(seed)
-    write(folder / "clip_l.safetensors", toy_parts.make_clip(vocabularies[0], CLIP_WIDTH, CLIP_LAYERS), clip_keys.CLIP, torch.float16)
-    write(folder / "t5xxl.safetensors", make_t5(vocabularies[1]), flux_keys.T5, torch.float16,
-          also=("encoder.embed_tokens.weight",))  # the published file holds the embedding twice
-    write(folder / "flux1-dev.safetensors", make_transformer(size), flux_keys.TRANSFORMER, torch.bfloat16)
+    clip_l = toy_parts.make_clip(vocabularies[0], CLIP_WIDTH, CLIP_LAYERS)
+    toy_parts.write(folder / "clip_l.safetensors", clip_l, clip_keys.CLIP, torch.float16)
+    toy_parts.write(folder / "t5xxl.safetensors", toy_parts.make_t5(vocabularies[1]), t5_keys.T5, torch.float16,
+                    also=("encoder.embed_tokens.weight",))  # the published file holds the embedding twice
+    toy_parts.write(folder / "flux1-dev.safetensors", make_transformer(size), flux_keys.TRANSFORMER, torch.bfloat16)
     shutil.copyfile(toy_parts.FITTED / "ae.safetensors", folder / "ae.safetensors")
 
 

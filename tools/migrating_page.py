@@ -25,13 +25,14 @@ text_encoder_batch_size max_train_epochs output_dir save_precision save_every_n_
 save_last_n_epochs save_last_n_steps metadata_title metadata_author metadata_description metadata_license metadata_tags
 metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase sample_prompts sample_every_n_steps
 sample_every_n_epochs logging_dir log_with log_tracker_config wandb_run_name wandb_api_key
+blocks_to_swap
 seed output_name save_model_as train_data_dir reg_data_dir in_json dataset_class conditioning_data_dir caption_extention
 caption_prefix caption_suffix secondary_separator face_crop_aug_range resize_interpolation validation_seed validate_every_n_steps
 validate_every_n_epochs max_validation_steps""".split()
 _OFF = """output_config console_log_simple enable_bucket bucket_no_upscale cache_latents
 cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk full_bf16 gradient_checkpointing
-sample_at_first log_config cache_info debug_dataset enable_wildcard shuffle_caption color_aug flip_aug
-random_crop alpha_mask masked_loss skip_cache_check skip_latents_validity_check""".split()
+sample_at_first log_config cpu_offload_checkpointing fused_backward_pass blockwise_fused_optimizers cache_info
+debug_dataset enable_wildcard shuffle_caption color_aug flip_aug random_crop alpha_mask masked_loss skip_cache_check skip_latents_validity_check use_flash_attn""".split()
 
 PEER_DEFAULTS: dict[str, object] = {
     **dict.fromkeys(_NONE), **dict.fromkeys(_OFF, False),
@@ -61,6 +62,20 @@ OWN_DEFAULTS: dict[str, dict[str, object]] = {
                         "scale_v_pred_loss_like_noise_pred".split(), False),
         "max_token_length": 75, "multires_noise_discount": 0.3, "sample_sampler": "ddim",
     },
+    "sd3_train.py": {
+        **dict.fromkeys("clip_l clip_g t5xxl vae t5xxl_device t5xxl_dtype learning_rate_te1 learning_rate_te2 learning_rate_te3 "
+                        "num_last_block_to_freeze".split()),
+        **dict.fromkeys("apply_lg_attn_mask apply_t5_attn_mask enable_scaled_pos_embed train_text_encoder train_t5xxl "
+                        "use_t5xxl_cache_only save_clip save_t5xxl".split(), False),
+        **dict.fromkeys("clip_l_dropout_rate clip_g_dropout_rate t5_dropout_rate pos_emb_random_crop_rate".split(), 0.0),
+        "t5xxl_max_token_length": 256, "weighting_scheme": "uniform", "training_shift": 1.0, "logit_mean": 0.0, "logit_std": 1.0,
+        "mode_scale": 1.29,
+    },
+    "lumina_train.py": {
+        **dict.fromkeys("gemma2 ae vae".split()), "gemma2_max_token_length": 256, "system_prompt": "",
+        "timestep_sampling": "shift", "weighting_scheme": "uniform", "discrete_flow_shift": 6.0, "sigmoid_scale": 1.0,
+        "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "model_prediction_type": "raw",
+    },
 }
 
 NEW: dict[str, str] = {
@@ -72,8 +87,18 @@ NEW: dict[str, str] = {
     "recursive": "pictures in subfolders",
     "skip_image_resolution": "pictures that are too small to learn from need not be sorted out by hand",
     "clip_l_tokenizer": "train without a connection to the hub",
+    "clip_g_tokenizer": "train without a connection to the hub",
     "t5xxl_tokenizer": "train without a connection to the hub",
+    "gemma2_tokenizer": "train without a connection to the hub",
+    "attn_mode": "one choice of attention for all models; `--use_flash_attn`, in the dialect a flag of Lumina, is short for `flash`",
     "no_metadata": "known from the LoRA scripts of the dialect; here for checkpoints as well",
+}
+
+NEW |= {
+    "recompute_policy": "keep the outputs of matrix products and attention: nearly the speed without recompute",
+    "recompute_every": "recompute some of the blocks, where there is room for the rest",
+    "swap_look_ahead": "more blocks on their way at a time, where copies come late",
+    "stream_optimizer_states": "optimizer states wait in CPU memory with their block",
 }
 
 REASONS: dict[str, str] = {
@@ -87,6 +112,7 @@ REASONS: dict[str, str] = {
     "caption_extension": "nearly all folders of captions hold `.txt`; `.caption` is still found",
     "resize_interpolation": "the same choice, under a name",
     "huber_schedule": "`snr` has no meaning for a flow, and fails there in the dialect",
+    "max_grad_norm": "the same, except where weights are updated during the backward pass and no such norm is known",
     "seed": "a run without `--seed` can be repeated too",
     "output_name": "one name for all files of a run; the dialect uses `epoch`, `at` and `last`",
     "min_timestep": "the same; not given means the whole range",
@@ -122,12 +148,24 @@ BEHAVIOUR = """## Behaviour that differs
 - **`accelerate launch --mixed_precision bf16`** counts when neither the command line of the script nor the file says otherwise.
 - **bf16 weights** are rounded stochastically, whatever the optimizer, so that small updates are not lost.
   `--weights_dtype fp32` keeps float32 weights at twice the memory.
-- **`--min_timestep` and `--max_timestep`** are honoured for FLUX.
+- **`--min_timestep` and `--max_timestep`** are honoured for FLUX and Lumina.
+- **Lumina-Next**, which the dialect does not train, is trained by `lumina_train.py` like Lumina-Image 2.0; a diffusers folder of
+  either is saved as a folder.
+- **`--model_prediction_type sigma_scaled` and `additive`** have the signs of Lumina's time and velocity; the dialect took them
+  from FLUX, where both are the other way round.
+- **`--use_flash_attn`** works for every model, and without the package through torch's own kernel. **`--use_sage_attn`** is
+  refused: it has no backward pass.
+- **`--system_prompt`** stands before every caption but the empty one, and counts in `--gemma2_max_token_length`.
 - **`--weighting_scheme`** counts where the dialect lets it count (densities with `sigma` sampling, weights with `sigma_scaled`
   prediction) and is refused elsewhere.
+- **SD3**: `--num_last_block_to_freeze` counts blocks; weights of `--weighting_scheme` are each sample's own; noise levels reach the
+  model unrounded; `--apply_lg_attn_mask` and `--apply_t5_attn_mask` act with and without caches, as zeros in place of padding;
+  `--enable_scaled_pos_embed` goes by each picture's own area and not by the resolutions of the dataset; random crops of the position
+  table are drawn per sample; `--use_t5xxl_cache_only` asks for `--cache_text_encoder_outputs`; `--save_clip`, `--save_t5xxl`,
+  `--t5xxl_device` and `--t5xxl_dtype` work; `--train_t5xxl` does not need `--train_text_encoder`; encoders are saved in `--save_precision`.
 - **`--lr_warmup_steps`** means optimizer steps on any number of GPUs.
-- **`--save_model_as`** other than `safetensors` is refused for FLUX, where the dialect ignores it. For SDXL every choice works, and
-  without one a diffusers folder is saved as a diffusers folder.
+- **`--save_model_as`** other than `safetensors` is refused for FLUX, where the dialect ignores it. For SDXL every choice works,
+  for Lumina `safetensors` and `diffusers_safetensors`; without one a diffusers folder is saved as a diffusers folder.
 - **SDXL's pooled embedding** is right for single files: their `text_projection` is transposed when it is read. The dialect takes it
   as it lies, so that models trained there learned with another vector than the one they are used with.
 - **`--learning_rate_te1 0`** and zeros in `--block_lr` leave these weights without gradients. Encoders that do not train can be
@@ -143,7 +181,12 @@ BEHAVIOUR = """## Behaviour that differs
 - **Warm-up** makes its first update at 1/N of the learning rate, not at 0.
 - **Adafactor** is used with `relative_step=False scale_parameter=False warmup_init=False`; `relative_step` and `warmup_init` are
   refused, because the rate comes from `--learning_rate` and `--lr_scheduler`.
-- **`--max_grad_norm`** clips the norm over all weights, always.
+- **`--max_grad_norm`** clips the norm over all weights, always. With `--blocks_to_swap`, `--fused_backward_pass` and
+  `--blockwise_fused_optimizers` no such norm is known in time: the default is 0 there, and another value is refused.
+- **`--blocks_to_swap`** streams any number of blocks, all of them included, with any optimizer, and trains to the same weights, bit
+  for bit. It brings `--gradient_checkpointing` with it. `--double_blocks_to_swap` and `--single_blocks_to_swap` are one number.
+- **`--fused_backward_pass`** and **`--blockwise_fused_optimizers`** work with every optimizer that steps weight by weight, with
+  `--gradient_accumulation_steps` and on several GPUs, and cannot be given together.
 - **Dataset files** are read strictly: an unknown key, a wrong type or two settings that exclude each other are errors with
   file and line. Whole numbers pass where fractions are wanted (`validation_split = 0`). Subsets of one dataset may be of
   different kinds: folders, metadata files and folders with masks may stand side by side. `num_repeats` below 1 and a folder

@@ -18,7 +18,7 @@ from library.config.parse import Entry  # noqa: E402
 from library.config.values import Setting, show  # noqa: E402
 
 PAGE = ROOT / "docs" / "options.md"
-SCRIPTS = ("flux_train", "sdxl_train")
+SCRIPTS = ("flux_train", "sdxl_train", "sd3_train", "lumina_train")
 
 INTRO = """# Options
 

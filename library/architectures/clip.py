@@ -24,9 +24,9 @@ def load_clip(source: Source, dtype: torch.dtype | None, device: torch.device | 
 
 
 def load_projected_clip(source: Source, dtype: torch.dtype | None, device: torch.device | str = "cpu",
-                        place: str = "clip_g") -> nn.Module:
+                        place: str = "clip_g", hidden_act: str = "gelu") -> nn.Module:
     """``CLIPTextModelWithProjection`` in eval mode, frozen, from the names of transformers or of open_clip."""
-    return load(lambda: build_projected_clip(source), source, PROJECTED_LAYOUTS, dtype, device, place)
+    return load(lambda: build_projected_clip(source, hidden_act), source, PROJECTED_LAYOUTS, dtype, device, place)
 
 
 def build_clip(source: Source) -> nn.Module:
@@ -36,11 +36,11 @@ def build_clip(source: Source) -> nn.Module:
     return CLIPTextModel(CLIPTextConfig(**clip_config(source)))
 
 
-def build_projected_clip(source: Source) -> nn.Module:
+def build_projected_clip(source: Source, hidden_act: str = "gelu") -> nn.Module:
     """The same for ``CLIPTextModelWithProjection``."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    return CLIPTextModelWithProjection(CLIPTextConfig(**clip_config(source, "CLIPTextModelWithProjection", hidden_act="gelu")))
+    return CLIPTextModelWithProjection(CLIPTextConfig(**clip_config(source, "CLIPTextModelWithProjection", hidden_act)))
 
 
 def clip_config(source: Source, class_name: str = "CLIPTextModel", hidden_act: str = "quick_gelu") -> dict[str, Any]:

@@ -14,15 +14,17 @@ import torch
 from PIL import Image
 from torch import nn
 
+from library.architectures.attention import route
 from library.architectures.base import DENOISER, TextEncoders
 from library.architectures.clip import load_clip
 from library.architectures.flux_call import keep_time_exact, predict
-from library.architectures.flux_models import load_t5, load_transformer, load_vae
+from library.architectures.flux_models import load_transformer, load_vae
 from library.architectures.flux_options import FluxOptions
 from library.architectures.flux_parts import TOKENIZERS, open_parts, open_tokenizers
 from library.architectures.flux_preview import sample
 from library.architectures.flux_text import Tokenizers, encode_text
 from library.architectures.flux_tokens import read_token_meter
+from library.architectures.t5 import load_t5
 from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
 from library.architectures.vae import encode_image
 from library.checkpoint.export import Export, carry, export_module
@@ -51,7 +53,7 @@ class Flux:
     save_format = "safetensors"
 
     def __init__(self, model: ModelOptions, options: FluxOptions, objective: FlowOptions):
-        self.options, self.objective_options = options, objective
+        self.attention, self.options, self.objective_options = model.attention, options, objective
         self.parts = open_parts(
             str(model.pretrained_model_name_or_path), ae=options.ae, clip_l=options.clip_l, t5xxl=options.t5xxl,
             clip_l_tokenizer=options.clip_l_tokenizer, t5xxl_tokenizer=options.t5xxl_tokenizer,
@@ -98,7 +100,7 @@ class Flux:
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         denoiser = load_transformer(self.file, dtype, device)
         keep_time_exact(denoiser)
-        return denoiser
+        return denoiser if self.attention == "torch" else route(denoiser, self.attention)
 
     def encode_image(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         return encode_image(vae, pixels)

@@ -1,6 +1,6 @@
 """FLUX.1's modules from their files: settings read off the tensors' shapes, built on meta, filled strictly.
 
-CLIP-L is loaded by ``clip.load_clip`` as it is.
+CLIP-L is loaded by ``clip.load_clip`` and T5 by ``t5.load_t5`` as they are.
 """
 
 from __future__ import annotations
@@ -66,37 +66,3 @@ def rope_axes(head_dim: int, place: str = "") -> tuple[int, int, int]:
 def load_vae(source: Source, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> nn.Module:
     """``AutoencoderKL`` in eval mode, frozen, from BFL or diffusers names."""
     return vae.load_vae(source, dtype, device, SCALING, SHIFT, "ae")
-
-
-def load_t5(source: Source, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> nn.Module:
-    """``T5EncoderModel`` in eval mode, frozen, embeddings tied.
-
-    In float16 the second projection of every feed-forward stays float32: its sums overflow half precision (transformers'
-    ``_keep_in_fp32_modules`` does the same).
-    """
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config(**t5_config(source))
-    model = load(lambda: T5EncoderModel(config), source, [flux_keys.T5], dtype, device, "t5xxl")
-    for name, module in model.named_modules():
-        if name.endswith("DenseReluDense.wo") and module.weight.dtype == torch.float16:
-            module.float()
-    return model
-
-
-def t5_config(source: Source) -> dict[str, Any]:
-    """Arguments of ``T5Config`` for a gated (v1.1) encoder; the width of a key comes from the relative bias's heads."""
-    names = source.tensors
-    key = "shared.weight" if "shared.weight" in names else "encoder.embed_tokens.weight"
-    vocabulary, width = names[key].shape
-    attention = "encoder.block.0.layer.0.SelfAttention"
-    buckets, heads = names[f"{attention}.relative_attention_bias.weight"].shape
-    layers = count(names, r"encoder\.block\.(\d+)\.")
-    return {
-        "vocab_size": vocabulary, "d_model": width, "d_kv": names[f"{attention}.q.weight"].shape[0] // heads, "num_heads": heads,
-        "d_ff": names["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].shape[0],
-        "num_layers": layers, "num_decoder_layers": layers,
-        "relative_attention_num_buckets": buckets, "relative_attention_max_distance": 128, "feed_forward_proj": "gated-gelu",
-        "layer_norm_epsilon": 1e-6, "dropout_rate": 0.0, "is_encoder_decoder": False, "use_cache": False,
-        "tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1,
-    }

@@ -24,9 +24,9 @@ DEFAULTS: dict[str, object] = {
     "huber_schedule": "exponential",  # snr, the dialect's default, has no meaning for a flow (and fails there)
 }
 
-_SWAP = "leave it out; meanwhile --gradient_checkpointing and --optimizer_type AdamW8bit or Adafactor save memory"
 _DIALECT: tuple[Record, ...] = (
-    *records(LATER, "double_blocks_to_swap= single_blocks_to_swap=", "not built yet: keeping blocks in CPU memory", _SWAP, (0,)),
+    *records(LATER, "double_blocks_to_swap= single_blocks_to_swap=", "blocks of both kinds are counted together, in the order "
+             "they run", "use --blocks_to_swap N, of 57 in all", (0,)),
     *records(LATER, "vae=", "the autoencoder of FLUX has a flag of its own", "write --ae FILE"),
     *records(INERT, "tokenizer_cache_dir=",
              "tokenizers are found beside the models; --clip_l_tokenizer and --t5xxl_tokenizer name others"),

@@ -6,11 +6,12 @@ one go everything that is missing or wrong.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.architectures import encoder_files
+from library.architectures.encoder_files import ENCODERS_REPO, clip_width, is_autoencoder, is_t5
 from library.architectures.opening import FLAG, CheckpointSpec, absent, open_checkpoint, repository
 from library.architectures.tokenizers import (CLIP_TOKENIZER_FILES, T5_TOKENIZER_FILES, TokenizerPlace, TokenizerSpec,
                                               find_tokenizer)
@@ -23,9 +24,8 @@ from library.errors import UserError, raise_all
 
 Tensors = Mapping[str, TensorInfo]
 DEV_REPO, SCHNELL_REPO = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
-ENCODERS_REPO = "comfyanonymous/flux_text_encoders"
 AE_ELSEWHERE = ("Comfy-Org/Lumina_Image_2.0_Repackaged", "split_files/vae/ae.safetensors")  # the same autoencoder, not gated
-LATENT_CHANNELS, LATENT_LEVELS = 16, 4
+LATENT_CHANNELS = 16
 TOKEN_WIDTH = 64  # 16 latent channels of a 2x2 patch
 CHECKPOINT = CheckpointSpec("FLUX.1", "transformer", (
     "flux1-dev.safetensors", "flux1-schnell.safetensors", "transformer/diffusion_pytorch_model.safetensors.index.json",
@@ -33,11 +33,7 @@ CHECKPOINT = CheckpointSpec("FLUX.1", "transformer", (
 AE_FILES = ("ae.safetensors", "ae.sft", "flux_ae.safetensors", "flux-ae.safetensors", "flux_vae.safetensors", "vae.safetensors",
             "FLUX1/ae.safetensors", "vae/diffusion_pytorch_model.safetensors", "vae/ae.safetensors")
 CLIP_FILES = ("clip_l.safetensors", "clip-l.safetensors", "text_encoder/model.safetensors", "text_encoder/clip_l.safetensors")
-T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl.safetensors", "t5xxl_bf16.safetensors", "t5xxl_fp32.safetensors",
-            "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors",
-            "google_t5-v1_1-xxl_encoderonly-fp16.safetensors", "google_t5-v1_1-xxl_encoderonly-fp8_e4m3fn.safetensors",
-            "text_encoder_2/model.safetensors.index.json", "text_encoder_2/model.safetensors")
-T5_ON_HUB = ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
+T5_FILES = (*encoder_files.T5_FILES, "text_encoder_2/model.safetensors.index.json", "text_encoder_2/model.safetensors")
 TOKENIZERS = {
     "clip_l_tokenizer": TokenizerSpec(
         "clip", "CLIP-L tokenizer", "--clip_l_tokenizer", CLIP_TOKENIZER_FILES,
@@ -201,38 +197,18 @@ def part_specs(transformer: FluxFile, given: Mapping[str, Path | str | None], re
 
     return (
         PartSpec("ae", "FLUX.1 autoencoder", "--ae", given.get("ae"), ("vae.", "first_stage_model."), AE_FILES, ("vae",),
-                 (*in_repos("ae.safetensors", "vae/diffusion_pytorch_model.safetensors"), AE_ELSEWHERE), is_autoencoder),
+                 (*in_repos("ae.safetensors", "vae/diffusion_pytorch_model.safetensors"), AE_ELSEWHERE),
+                 lambda tensors: is_autoencoder(tensors, LATENT_CHANNELS, quant=False)),
         PartSpec("clip_l", f"CLIP-L text encoder (width {transformer.pooled_width})", "--clip_l", given.get("clip_l"),
                  ("text_encoders.clip_l.transformer.", "text_encoders.clip_l."), CLIP_FILES, ("clip", "text_encoders"),
                  ((ENCODERS_REPO, "clip_l.safetensors"), *in_repos("text_encoder/model.safetensors")),
-                 lambda tensors: is_clip(tensors, transformer.pooled_width)),
+                 lambda tensors: clip_width(tensors) == transformer.pooled_width),
         PartSpec("t5xxl", f"T5-XXL text encoder (width {transformer.text_width})", "--t5xxl", given.get("t5xxl"),
                  ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."), T5_FILES, ("clip", "text_encoders"),
-                 (*((ENCODERS_REPO, name) for name in T5_ON_HUB), *in_repos("text_encoder_2/model.safetensors.index.json")),
+                 (*((ENCODERS_REPO, name) for name in encoder_files.T5_ON_HUB),
+                  *in_repos("text_encoder_2/model.safetensors.index.json")),
                  lambda tensors: is_t5(tensors, transformer.text_width)),
     )
-
-
-def is_autoencoder(tensors: Tensors) -> bool:
-    """16 channels at an eighth of the resolution, no quant convs, in BFL or diffusers names."""
-    if "decoder.conv_in.weight" not in tensors or "quant_conv.weight" in tensors:
-        return False
-    level = re.compile(r"encoder\.(down|down_blocks)\.\d+\.(block|resnets)\.0\.conv1\.weight")
-    levels = [name for name in tensors if level.fullmatch(name)]
-    return tensors["decoder.conv_in.weight"].shape[1] == LATENT_CHANNELS and len(levels) == LATENT_LEVELS
-
-
-def is_clip(tensors: Tensors, width: int) -> bool:
-    """A CLIP text model of this width (the vision half may be there too; the key map drops it)."""
-    keys = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight")
-    return any(key in tensors and tensors[key].shape[1] == width for key in keys)
-
-
-def is_t5(tensors: Tensors, width: int) -> bool:
-    """A gated T5 encoder (v1.1) of this width with one relative bias for all blocks (a multilingual UMT5 has one each)."""
-    key = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
-    own_bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
-    return key in tensors and tensors[key].shape[1] == width and own_bias not in tensors
 
 
 def _key_facts(layout: str) -> tuple[str, str, str, str, str, str]:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from library.architectures.flux_call import unpack
-from library.architectures.vae import decode_image
+from library.architectures.vae import decode_image, to_picture
 from library.prompts import Prompt
 
 # scheduler_config.json of the two releases: dev shifts its levels with the number of tokens, schnell does not.
@@ -60,5 +60,4 @@ def sample(denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mappin
             output_type="latent",
         ).images  # (1, N, 64)
     latents = unpack(tokens.float(), prompt.height // 8, prompt.width // 8)
-    pixels = decode_image(vae, latents)[0]  # (3, H, W) in [-1, 1]
-    return Image.fromarray(((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+    return to_picture(decode_image(vae, latents)[0])

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.architectures.tokenizers import refuse_unknown_tokens
+from library.architectures.t5 import encode_t5
+from library.architectures.tokenizers import padded, refuse_unknown_tokens
 
 
 @dataclass
@@ -31,37 +32,21 @@ def encode_text(modules: Mapping[str, nn.Module], tokenizers: Tokenizers, captio
     """
     text: dict[str, torch.Tensor] = {}
     if "t5" in modules:
-        text |= _t5(modules["t5"], tokenizers, captions, t5_length, apply_mask)
+        states, mask = encode_t5(modules["t5"], tokenizers.t5, captions, t5_length, apply_mask)
+        text |= {"t5": states, "t5_mask": mask.to(states.device)}
     if "clip" in modules:
         text["clip_pooled"] = _clip(modules["clip"], tokenizers, captions)
     return text
-
-
-def _t5(t5: nn.Module, tokenizers: Tokenizers, captions: Sequence[str], length: int, apply_mask: bool) -> dict[str, torch.Tensor]:
-    words = t5.get_input_embeddings().weight  # (V, D)
-    ids, mask = _tokenise(tokenizers, "T5", captions, length, words.shape[0])
-    states = t5(input_ids=ids.to(words.device), attention_mask=mask.to(words.device) if apply_mask else None).last_hidden_state
-    return {"t5": states, "t5_mask": mask.bool().to(states.device)}
 
 
 def _clip(clip: nn.Module, tokenizers: Tokenizers, captions: Sequence[str]) -> torch.Tensor:
     """The pooled vector (B, D)."""
     words = clip.get_input_embeddings().weight
     length = clip.config.max_position_embeddings
-    clip_ids, _ = _tokenise(tokenizers, "CLIP", captions, length, words.shape[0])
+    clip_ids, _ = padded(tokenizers.clip, captions, length)  # (B, 77)
+    refuse_unknown_tokens(int(clip_ids.max()), words.shape[0], "CLIP", "--clip_l_tokenizer")
     output = clip(input_ids=clip_ids.to(words.device)).last_hidden_state  # (B, 77, D), final norm applied
     # The pooled vector is the state at the first end token (padding repeats it); taken here by the tokenizer's own number,
     # because configs in circulation name a wrong one.
     end = (clip_ids == tokenizers.clip.eos_token_id).int().argmax(dim=-1)
     return output[torch.arange(len(captions), device=output.device), end.to(output.device)]
-
-
-def _tokenise(tokenizers: Tokenizers, kind: str, captions: Sequence[str], length: int,
-              vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token numbers and mask, both (B, length) int64 on the CPU. UserError when the encoder has no row for a token."""
-    tokenizer = tokenizers.clip if kind == "CLIP" else tokenizers.t5
-    encoded = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_attention_mask=True,
-                        return_tensors="pt")
-    ids = encoded["input_ids"]
-    refuse_unknown_tokens(int(ids.max()), vocabulary, kind, "--clip_l_tokenizer" if kind == "CLIP" else "--t5xxl_tokenizer")
-    return ids, encoded["attention_mask"]

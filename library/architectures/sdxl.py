@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from library.architectures import sdxl_call, sdxl_text
+from library.architectures import clip_states, sdxl_call, sdxl_text
+from library.architectures.attention import route
 from library.architectures.base import DENOISER, TextEncoders
 from library.architectures.sdxl_export import save, saved_bytes
 from library.architectures.sdxl_models import load_clip_g, load_clip_l, load_unet, load_vae
@@ -45,7 +46,7 @@ class Sdxl:
     text_encoders = sdxl_text.NAMES
 
     def __init__(self, model: ModelOptions, options: SdxlOptions, objective: DdpmOptions):
-        self.options = options
+        self.attention, self.options = model.attention, options
         self.parts = open_parts(str(model.pretrained_model_name_or_path), vae=options.vae,
                                 tokenizer_cache_dir=options.tokenizer_cache_dir)
         self.file = self.parts.unet
@@ -103,7 +104,8 @@ class Sdxl:
                                                           load_tokenizer(TOKENIZER_2, self.parts.tokenizer_2)))
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        return load_unet(self.file, dtype, device)
+        denoiser = load_unet(self.file, dtype, device)
+        return denoiser if self.attention == "torch" else route(denoiser, self.attention)
 
     def encode_image(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         return encode_image(vae, pixels)
@@ -123,7 +125,7 @@ class Sdxl:
         return sdxl_call.blocks(denoiser)
 
     def text_blocks(self, name: str, encoder: nn.Module) -> list[nn.Module]:
-        return sdxl_text.blocks(encoder)
+        return clip_states.blocks(encoder)
 
     def groups(self, denoiser: nn.Module, encoders: TextEncoders, learning_rate: float) -> list[Group]:
         """What trains, named, with gradients switched on for it and off for all else.

@@ -5,8 +5,6 @@ Nothing is held in memory beside what trained: other parts are read tensor by te
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,11 +14,12 @@ from torch import nn
 from library.architectures import clip, vae
 from library.architectures.clip_chunks import CONTEXT
 from library.architectures.loading import fitting
+from library.architectures.pipeline_folder import pipeline_folder, write_config, write_json, write_tokenizer
 from library.architectures.sdxl_models import build_unet, unet_layouts, unet_table
 from library.architectures.sdxl_options import SCALING
 from library.architectures.sdxl_parts import TOKENIZER, TOKENIZER_2, SdxlParts
+from library.architectures.sdxl_text import SECOND_PAD
 from library.architectures.tokenizers import load_tokenizer
-from library.atomic import atomic_folder, write_atomic
 from library.checkpoint.autoencoder_keys import AUTOENCODER_QUANT
 from library.checkpoint.clip_keys import CLIP, CLIP_PROJECTED, OPEN_CLIP
 from library.checkpoint.export import Entry, Export, carry, convert, export_module
@@ -31,9 +30,8 @@ from library.checkpoint.reader import build_on_meta
 from library.checkpoint.sdxl_keys import (CLIP_G_PREFIX, CLIP_L_PREFIX, UNET_PREFIX, V_PREDICTION, VAE_PREFIX,
                                           ZERO_TERMINAL_SNR)
 from library.checkpoint.source import Source
-from library.checkpoint.writer import require_room, write_safetensors
-from library.config.save_formats import PIPELINE_INDEX, SUFFIXES, is_pipeline
-from library.errors import UserError
+from library.checkpoint.writer import write_safetensors
+from library.config.save_formats import PIPELINE_INDEX, SUFFIXES
 
 _PREFIXES = {"unet": UNET_PREFIX, "clip_l": CLIP_L_PREFIX, "clip_g": CLIP_G_PREFIX, "vae": VAE_PREFIX}  # of the single file
 _TABLES = {"clip_l": CLIP, "clip_g": OPEN_CLIP, "vae": AUTOENCODER_QUANT}
@@ -58,11 +56,7 @@ def save(path: Path, parts: SdxlParts, trained: Mapping[str, nn.Module], dtype: 
     """
     facts = {"predicts_velocity": predicts_velocity, "zero_terminal_snr": zero_terminal_snr}
     if not SUFFIXES[kind]:
-        if path.exists() and not is_pipeline(path):
-            raise UserError("is there already, and is no diffusers model that could be replaced", place=str(path),
-                            remedy="choose another --output_name, or move it away")
-        require_room(path, saved_bytes(parts, dtype))
-        with atomic_folder(path) as folder:
+        with pipeline_folder(path, saved_bytes(parts, dtype)) as folder:
             write_folder(folder, parts, trained, dtype, **facts, metadata=metadata, pickled=kind == "diffusers")
         return
     tensors = single_file(parts, trained, dtype, **facts)
@@ -123,24 +117,18 @@ def write_folder(folder: Path, parts: SdxlParts, trained: Mapping[str, nn.Module
             write_pickle(folder / place / _PICKLED[file], export.entries, export.get, key=None)
         else:
             write_safetensors(folder / place / file, export.entries, export.get, {"format": "pt"} | dict(metadata or {}))
-        _write_config(_module(parts, part, trained), folder / place)
+        write_config(_module(parts, part, trained), folder / place)
         index[place] = kind
     for place, spec, found in (("tokenizer", TOKENIZER, parts.tokenizer), ("tokenizer_2", TOKENIZER_2, parts.tokenizer_2)):
         tokenizer = load_tokenizer(spec, found)
-        tokenizer.model_max_length = CONTEXT  # pipelines cut captions there, and the input's files may not say it
-        if spec is TOKENIZER_2:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-        tokenizer.save_pretrained(folder / place)
-        for name in ("vocab.json", "merges.txt"):  # read by older programs, and left out by transformers 5
-            if (found / name).is_file():
-                shutil.copyfile(found / name, folder / place / name)
+        write_tokenizer(tokenizer, found, folder / place, CONTEXT, SECOND_PAD if spec is TOKENIZER_2 else None)
         index[place] = ("transformers", "CLIPTokenizer")
     prediction = "v_prediction" if predicts_velocity else "epsilon"
     (folder / "scheduler").mkdir(exist_ok=True)
-    _write_json(folder / "scheduler" / "scheduler_config.json",
+    write_json(folder / "scheduler" / "scheduler_config.json",
                 {**_SCHEDULER, "prediction_type": prediction, "rescale_betas_zero_snr": zero_terminal_snr})
     index["scheduler"] = ("diffusers", _SCHEDULER["_class_name"])
-    _write_json(folder / PIPELINE_INDEX, index)
+    write_json(folder / PIPELINE_INDEX, index)
 
 
 def _export(parts: SdxlParts, part: str, trained: Mapping[str, nn.Module], table: KeyMap | None, dtype: torch.dtype | None,
@@ -170,15 +158,3 @@ def _module(parts: SdxlParts, part: str, trained: Mapping[str, nn.Module]) -> nn
     return build_on_meta({
         "unet": lambda: build_unet(parts.unet), "clip_l": lambda: clip.build_clip(parts.clip_l),
         "clip_g": lambda: clip.build_projected_clip(parts.clip_g), "vae": lambda: vae.build_vae(parts.vae, SCALING, None)}[part])
-
-
-def _write_config(module: nn.Module, folder: Path) -> None:
-    if hasattr(module, "save_config"):  # diffusers
-        module.save_config(folder)
-    else:
-        module.config.architectures = [type(module).__name__]
-        module.config.save_pretrained(folder)
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    write_atomic(path, json.dumps(content, indent=2) + "\n")

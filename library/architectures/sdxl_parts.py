@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from library.architectures.encoder_files import clip_projection_width, clip_width, is_autoencoder
 from library.architectures.opening import FLAG, CheckpointSpec, absent, open_checkpoint, repository
 from library.architectures.tokenizers import CLIP_TOKENIZER_FILES, TokenizerPlace, TokenizerSpec, find_tokenizer
 from library.checkpoint import known_keys
@@ -24,7 +25,7 @@ from library.errors import UserError, raise_all
 
 Tensors = Mapping[str, TensorInfo]
 BASE_REPO = "stabilityai/stable-diffusion-xl-base-1.0"
-LATENT_CHANNELS, LATENT_LEVELS = 4, 4
+LATENT_CHANNELS = 4
 SIZE_WIDTH = 6 * 256  # of the six sizes, as sinusoids, in the vector that the U-Net takes beside the text
 
 
@@ -209,36 +210,13 @@ def part_specs(unet: SdxlFile, vae: str | Path | None, repo: str | None = None) 
 
     return (
         PartSpec("clip_l", "CLIP-L text encoder", "", None, (CLIP_L_PREFIX,), CLIP_L_FILES, (), in_repos(CLIP_L_FILES),
-                 lambda tensors: _text_width(tensors) in range(1, unet.text_width) and not _projection_width(tensors)),
+                 lambda tensors: clip_width(tensors) in range(1, unet.text_width) and not clip_projection_width(tensors)),
         PartSpec("clip_g", f"CLIP-G text encoder (projection to {unet.pooled_width})", "", None, (CLIP_G_PREFIX,), CLIP_G_FILES,
-                 (), in_repos(CLIP_G_FILES), lambda tensors: _projection_width(tensors) == unet.pooled_width),
+                 (), in_repos(CLIP_G_FILES), lambda tensors: clip_projection_width(tensors) == unet.pooled_width),
         PartSpec("vae", "SDXL autoencoder", "--vae", vae, (VAE_PREFIX, "vae."), VAE_FILES, ("vae",),
-                 in_repos(_component("vae", "diffusion_pytorch_model")), is_autoencoder),
+                 in_repos(_component("vae", "diffusion_pytorch_model")),
+                 lambda tensors: is_autoencoder(tensors, LATENT_CHANNELS, quant=True)),
     )
-
-
-def is_autoencoder(tensors: Tensors) -> bool:
-    """4 channels at an eighth of the resolution, with a convolution beside the latents, in original or diffusers names."""
-    if "decoder.conv_in.weight" not in tensors or "post_quant_conv.weight" not in tensors:
-        return False
-    level = re.compile(r"encoder\.(down|down_blocks)\.\d+\.(block|resnets)\.0\.conv1\.weight")
-    levels = [name for name in tensors if level.fullmatch(name)]
-    return tensors["decoder.conv_in.weight"].shape[1] == LATENT_CHANNELS and len(levels) == LATENT_LEVELS
-
-
-def _text_width(tensors: Tensors) -> int:
-    """Width of a CLIP text tower; 0 when it is none."""
-    keys = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight", "token_embedding.weight")
-    return next((tensors[key].shape[1] for key in keys if key in tensors), 0)
-
-
-def _projection_width(tensors: Tensors) -> int:
-    """What a CLIP text tower projects its pooled state to; 0 when it does not. (open_clip keeps the matrix transposed.)"""
-    if not _text_width(tensors):
-        return 0
-    if "text_projection" in tensors and len(tensors["text_projection"].shape) == 2:
-        return tensors["text_projection"].shape[1]
-    return tensors["text_projection.weight"].shape[0] if "text_projection.weight" in tensors else 0
 
 
 def _tokenizers(beside: list[Path], repo: str | None, hub: Hub) -> dict[str, TokenizerPlace]:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from library.architectures.sdxl_text import side_by_side
-from library.architectures.vae import decode_image
+from library.architectures.vae import decode_image, to_picture
 from library.errors import UserError
 from library.prompts import Prompt
 
@@ -88,5 +88,4 @@ def sample(denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mappin
             generator=torch.Generator("cpu").manual_seed(prompt.seed),
             output_type="latent",
         ).images  # (1, 4, h, w)
-    pixels = decode_image(vae, latents)[0]  # (3, H, W) in [-1, 1]
-    return Image.fromarray(((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+    return to_picture(decode_image(vae, latents)[0])

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.architectures.clip_chunks import Chunks, chunk, join
-from library.architectures.tokenizers import refuse_unknown_tokens
-from library.errors import UserError
+from library.architectures.clip_chunks import chunk
+from library.architectures.clip_states import run
 
 SECOND_PAD = 0
+_FLAG = "--tokenizer_cache_dir"
 NAMES = ("clip_l", "clip_g")
 
 
@@ -43,10 +43,10 @@ def encode_text(modules: Mapping[str, nn.Module], tokenizers: Tokenizers, captio
     text: dict[str, torch.Tensor] = {}
     if "clip_l" in modules:
         pieces = chunk(tokenizers.clip_l, captions, chunks, tokenizers.clip_l.eos_token_id, weighted)
-        text["clip_l"], _ = _run(modules["clip_l"], pieces, tokenizers.clip_l, "CLIP-L", weighted)
+        text["clip_l"], _ = run(modules["clip_l"], pieces, tokenizers.clip_l, "CLIP-L", _FLAG, weighted)
     if "clip_g" in modules:
         pieces = chunk(tokenizers.clip_g, captions, chunks, SECOND_PAD, weighted)
-        text["clip_g"], output = _run(modules["clip_g"], pieces, tokenizers.clip_g, "CLIP-G", weighted)
+        text["clip_g"], output = run(modules["clip_g"], pieces, tokenizers.clip_g, "CLIP-G", _FLAG, weighted)
         # taken by the module at the first end token
         text["pooled"] = output.text_embeds.unflatten(0, (len(captions), chunks))[:, 0]
     return text
@@ -57,23 +57,6 @@ def side_by_side(text: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([text["clip_l"], text["clip_g"]], dim=-1)
 
 
-def _run(encoder: nn.Module, chunks: Chunks, tokenizer: Any, title: str, weighted: bool) -> tuple[torch.Tensor, Any]:
-    """States (B, L, width) before the last layer, and all that the encoder returned for the (B n, 77) tokens."""
-    module = getattr(encoder, "module", encoder)  # the plain module under DistributedDataParallel
-    words = module.get_input_embeddings().weight  # (V, width)
-    refuse_unknown_tokens(int(chunks.ids.max()), words.shape[0], title, "--tokenizer_cache_dir")
-    if module.config.eos_token_id != tokenizer.eos_token_id:
-        raise UserError(f"the {title} tokenizer ends captions with token {tokenizer.eos_token_id}, but its encoder was made for "
-                        f"{module.config.eos_token_id}", remedy="give the tokenizer that belongs to the encoder with "
-                                                                "--tokenizer_cache_dir")
-    batch, count, length = chunks.ids.shape
-    output = encoder(input_ids=chunks.ids.view(batch * count, length).to(words.device), output_hidden_states=True)
-    states = output.hidden_states[-2].unflatten(0, (batch, count))  # (B, n, 77, width)
-    if weighted:
-        states = states * chunks.weights.to(states)[..., None]
-    return join(states), output
-
-
 def trained_parameters(name: str, encoder: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters that the loss depends on: all, but of the first encoder not its last layer and its final norm."""
     parameters = list(encoder.named_parameters())
@@ -81,8 +64,3 @@ def trained_parameters(name: str, encoder: nn.Module) -> list[tuple[str, nn.Para
         return parameters
     idle = (f"encoder.layers.{encoder.config.num_hidden_layers - 1}.", "final_layer_norm.")
     return [(key, parameter) for key, parameter in parameters if not key.removeprefix("text_model.").startswith(idle)]
-
-
-def blocks(encoder: nn.Module) -> list[nn.Module]:
-    """An encoder's layers in the order they run, to be recomputed."""
-    return list(getattr(encoder, "text_model", encoder).encoder.layers)

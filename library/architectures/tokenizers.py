@@ -15,11 +15,12 @@ from library.errors import UserError
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json")  # read when they are there
 CLIP_TOKENIZER_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 T5_TOKENIZER_FILES = (("tokenizer.json",), ("spiece.model",))
+GEMMA_TOKENIZER_FILES = (("tokenizer.json",),)  # made from tokenizer.model alone it would not begin texts with <bos>
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """``kind``: "clip" or "t5". ``file_sets``: any complete one is enough. ``folders``: usual names beside a checkpoint.
+    """``kind``: "clip", "t5" or "gemma". ``file_sets``: any complete one is enough. ``folders``: usual names beside a checkpoint.
     ``hub``: (repository, folder)."""
 
     kind: str
@@ -124,14 +125,19 @@ def wanted_files(spec: TokenizerSpec) -> str:
 
 
 def load_tokenizer(spec: TokenizerSpec, folder: Path) -> Any:
-    """``CLIPTokenizer`` or ``T5Tokenizer``, by the spec's kind, from a folder with its files; never asks the hub.
+    """``CLIPTokenizer``, ``T5Tokenizer`` or ``GemmaTokenizer``, by the spec's kind, from a folder with its files; never asks the
+    hub.
 
     The concrete classes are used because AutoTokenizer needs a config and finds no padding token in a bare tokenizer.json.
     UserError when the files cannot be read.
     """
-    from transformers import CLIPTokenizer, T5Tokenizer
+    from transformers import CLIPTokenizer, GemmaTokenizer, T5Tokenizer
 
     try:
+        if spec.kind == "gemma":
+            tokenizer = GemmaTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer.padding_side = "right"  # the class pads on the left, and its files cannot tell it otherwise
+            return tokenizer
         if spec.kind == "clip":
             return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         # Sentinel tokens are part of the published vocabulary; adding 100 more would overrun the embedding table.
@@ -140,6 +146,13 @@ def load_tokenizer(spec: TokenizerSpec, folder: Path) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"the {spec.title} in {folder} cannot be read: {reason}", place=spec.flag,
                         remedy=f"give a folder with an intact {wanted_files(spec)}") from error
+
+
+def padded(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Any, Any]:
+    """Token numbers and mask (1: a token), both (B, length) int64 on the CPU. Longer captions keep their end token."""
+    encoded = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_attention_mask=True,
+                        return_tensors="pt")
+    return encoded["input_ids"], encoded["attention_mask"]
 
 
 def tokenizer_identity(folder: Path) -> str:

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from library.architectures.loading import config_json, count, load
@@ -81,3 +82,8 @@ def decode_image(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     moments = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     with torch.autocast(weight.device.type, enabled=False):
         return vae.decode(moments.to(weight.device, weight.dtype)).sample.float().clamp(-1, 1)
+
+
+def to_picture(pixels: torch.Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] as a picture."""
+    return Image.fromarray(((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())

@@ -1,10 +1,10 @@
 """FLUX.1's key maps: the names in the files people trade and those in the diffusers and transformers modules.
 
 Sources of the names: black-forest-labs/flux (`model.py`, `modules/layers.py`) for the files; diffusers (`transformer_flux.py`)
-and transformers (`modeling_t5.py`) for the modules. Its autoencoder and CLIP have tables of their own, which other models share.
+for the modules. Its autoencoder and text encoders have tables of their own, which other models share.
 """
 
-from library.checkpoint.keymap import Drop, Fuse, KeyMap, Rename, Rule, SwapHalves
+from library.checkpoint.keymap import Fuse, KeyMap, Rename, Rule, SwapHalves
 
 _DOUBLE, _DOUBLE_MODULE = "double_blocks.{i}", "transformer_blocks.{i}"
 _SINGLE, _SINGLE_MODULE = "single_blocks.{i}", "single_transformer_blocks.{i}"
@@ -50,11 +50,4 @@ TRANSFORMER = KeyMap((
     # BFL's last layer computes (shift, scale), diffusers' AdaLayerNormContinuous (scale, shift).
     SwapHalves("final_layer.adaLN_modulation.1.{leaf}", "norm_out.linear.{leaf}"),
     Rename("final_layer.linear.{leaf}", "proj_out.{leaf}"),
-))
-
-# t5xxl files hold the tied embedding under either name or, commonly, under both. Some are the whole encoder-decoder.
-T5 = KeyMap((
-    Rename("shared.weight", "shared.weight", also=("encoder.embed_tokens.weight",)),
-    Rename("encoder.{rest}", "encoder.{rest}"),
-    Drop("decoder.{rest}"), Drop("lm_head.weight"), Drop("logit_scale"), Drop("spiece_model"),
 ))

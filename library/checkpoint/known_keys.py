@@ -31,13 +31,17 @@ MODELS = [
     ((r"^input_blocks\.\d+\.", ), "an SD 1.x / 2.x checkpoint"),
     ((r"^down_blocks\.\d+\.", r"^add_embedding\."), "an SDXL UNet in diffusers layout"),
     ((r"^down_blocks\.\d+\.", r"^time_embedding\."), "a Stable Diffusion UNet in diffusers layout"),
+    ((r"^ref_image_refiner\.", ), "an OmniGen2 transformer"),
+    ((r"^(x_pad_token|cap_pad_token)$", r"^noise_refiner\."), "a Z-Image transformer"),
     ((r"^(noise_refiner|context_refiner)\.", ), "a Lumina-Image 2.0 transformer (or a relative of it)"),
     ((r"^layers\.0\.attention\.wk_y\.", ), "a Lumina-Next transformer"),
+    ((r"^layers\.0\.attn2\.to_k\.", r"^patch_embedder\.proj\."), "a Lumina-Next transformer in diffusers layout"),
     ((r"^blocks\.\d+\.self_attn\.", r"^patch_embedding\."), "a Wan video transformer"),
     ((r"^model\.layers\.\d+\.(self_attn|mlp)\.", ), "a language model"),
     ((r"^layers\.\d+\.self_attn\.", ), "a language model"),
 ]
-SCRIPTS = {"a FLUX.1": "flux_train.py", "an SDXL": "sdxl_train.py"}  # how a title begins -> what trains such a model
+# how a title begins -> what trains such a model
+SCRIPTS = {"a FLUX.1": "flux_train.py", "an SDXL": "sdxl_train.py", "an SD3": "sd3_train.py", "a Lumina-": "lumina_train.py"}
 QUANTISED = [
     (r"\.quant_state\.bitsandbytes__|\.absmax$|\.quant_map$", "bitsandbytes 4-bit (nf4 / fp4)"),
     (r"\.SCB$", "bitsandbytes 8-bit"),

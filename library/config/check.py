@@ -269,7 +269,7 @@ def _logging(config: Config) -> Iterator[Problem]:
 
 def remarks(config: Config) -> tuple[str, ...]:
     """What is allowed but might surprise: sentences for the log."""
-    found = []
+    found = list(config.memory.remarks(config))
     if config.training.max_train_epochs and "max_train_steps" in config.changed():
         found.append(f"{config.place('max_train_epochs')} {config.training.max_train_epochs} overrules max_train_steps")
     if config.sampling.sample_prompts is not None and not config.sampling.scheduled:

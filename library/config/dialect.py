@@ -80,14 +80,8 @@ def _inert() -> Iterator[Record]:
 
 
 def _later() -> Iterator[Record]:
-    memory = ("leave it out; meanwhile --gradient_checkpointing, --cache_latents, --cache_text_encoder_outputs and "
-              "--optimizer_type AdamW8bit or Adafactor save memory")
-    yield from records(LATER, "blocks_to_swap=", "not built yet: keeping blocks in CPU memory", memory, (0,))
-    yield from records(LATER, "blockwise_fused_optimizers fused_backward_pass",
-                       "not built yet: stepping inside the backward pass", memory)
-    yield from records(LATER, "fused_optimizer_groups=", "not built yet: stepping inside the backward pass", memory, (0,))
-    yield from records(LATER, "cpu_offload_checkpointing", "not built yet: keeping activations in CPU memory",
-                       "use --gradient_checkpointing alone")
+    yield from records(LATER, "fused_optimizer_groups=", "groups of parameters are updated by block here",
+                       "use --blockwise_fused_optimizers", (0,))
     yield from records(LATER, "full_fp16", "weights kept in fp16 lose most updates and overflow", "use --full_bf16")
     yield from records(LATER, "torch_compile", "not built yet: compiling the model",
                        "leave it out: it would change the speed only")
@@ -97,6 +91,8 @@ def _later() -> Iterator[Record]:
                        "not built yet: DeepSpeed", "leave it out: several GPUs train together under plain accelerate launch")
     yield from records(LATER, "lr_scheduler_type= lr_scheduler_args*", "not built yet: schedules by class name",
                        "use --lr_scheduler constant, constant_with_warmup, cosine or linear")
+    yield from records(LATER, "use_sage_attn", "SageAttention has no backward pass: it can draw pictures but not train",
+                       "use --use_flash_attn")
     yield from records(LATER, "use_8bit_adam", "an old name", "write --optimizer_type AdamW8bit")
     yield from records(LATER, "use_lion_optimizer", "not built yet: Lion", "use --optimizer_type AdamW, AdamW8bit or Adafactor")
     yield from records(LATER, "ip_noise_gamma=", "not built yet: input perturbation", "leave it out", (0,))
@@ -119,7 +115,7 @@ def _elsewhere() -> Iterator[Record]:
     yield from records(ELSEWHERE, "clip_g= gemma2= gemma2_max_token_length= system_prompt= apply_lg_attn_mask "
                        "clip_l_dropout_rate= clip_g_dropout_rate= t5_dropout_rate= pos_emb_random_crop_rate= "
                        "enable_scaled_pos_embed save_clip save_t5xxl t5xxl_device= t5xxl_dtype= use_t5xxl_cache_only "
-                       "use_flash_attn use_sage_attn no_half_vae sample_batch_size= controlnet_model_name_or_path=", *other,
+                       "no_half_vae sample_batch_size= controlnet_model_name_or_path=", *other,
                        neutral=(0,))
     yield from records(ELSEWHERE, "ae= clip_l= t5xxl= t5xxl_max_token_length= apply_t5_attn_mask guidance_scale= model_type= "
                        "double_blocks_to_swap= single_blocks_to_swap=", *other, neutral=(0,))

@@ -33,7 +33,7 @@ class FlowOptions:
     title: ClassVar[str] = "Objective"
 
     timestep_sampling: str = flag("shift", "how noise levels are drawn",
-                                  choices=("sigma", "uniform", "sigmoid", "shift", "flux_shift"))
+                                  choices=("sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift"))
     weighting_scheme: str = flag(
         "uniform", "with sigma sampling: density of levels; with sigma_scaled prediction: weight of the loss",
         choices=("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"), off="none")
@@ -50,10 +50,7 @@ class FlowOptions:
     def problems(self, config: Config) -> Iterator[Problem]:
         """Conflicts between these flags, and with the loss."""
         changed = config.changed()
-        low, high = self.min_timestep or 0, 1000 if self.max_timestep is None else self.max_timestep
-        if low >= high:
-            yield conflict(config, "min_timestep max_timestep", f"{low} leaves nothing below max_timestep {high}",
-                           "give a smaller min_timestep or a larger max_timestep")
+        yield from range_problems(config, self.min_timestep, self.max_timestep)
         for name, (counts, needs) in _OBJECTIVE_NEEDS.items():
             if name in changed and not counts(self):
                 given = f"--timestep_sampling {self.timestep_sampling} and --weighting_scheme {self.weighting_scheme}"
@@ -69,6 +66,19 @@ class FlowOptions:
                            f"{scheme} is a weight of the loss and has no effect with --model_prediction_type "
                            f"{self.model_prediction_type}",
                            "use --model_prediction_type sigma_scaled, or --weighting_scheme none")
-        if config.loss.rounded and config.loss.huber_schedule == "snr":
-            yield conflict(config, "huber_schedule loss_type", "snr needs a table of signal-to-noise ratios, which a rectified "
-                           "flow does not have", "use --huber_schedule exponential or constant")
+        yield from loss_problems(config)
+
+
+def range_problems(config: Config, min_timestep: int | None, max_timestep: int | None) -> Iterator[Problem]:
+    """The range of levels must not be empty."""
+    low, high = min_timestep or 0, 1000 if max_timestep is None else max_timestep
+    if low >= high:
+        yield conflict(config, "min_timestep max_timestep", f"{low} leaves nothing below max_timestep {high}",
+                       "give a smaller min_timestep or a larger max_timestep")
+
+
+def loss_problems(config: Config) -> Iterator[Problem]:
+    """What of the loss a rectified flow has no values for."""
+    if config.loss.rounded and config.loss.huber_schedule == "snr":
+        yield conflict(config, "huber_schedule loss_type", "snr needs a table of signal-to-noise ratios, which a rectified "
+                       "flow does not have", "use --huber_schedule exponential or constant")

@@ -19,6 +19,7 @@ from library.config.data_options import CachingOptions, DatasetOptions
 from library.config.dialect import DIALECT, INERT, LAUNCHER, Record
 from library.config.help import help_text
 from library.config.loss_options import LossOptions
+from library.config.memory_options import MemoryOptions
 from library.config.values import Setting, from_text, from_toml, settings_of, toml_text
 from library.errors import UserError, nearest, raise_all
 from library.toml_lines import Locator, load_toml
@@ -55,7 +56,7 @@ class Entry:
             "model": schema.ModelOptions, "architecture": self.architecture_options, "dataset": DatasetOptions,
             "caching": CachingOptions, "training": schema.TrainingOptions, "optimizer": schema.OptimizerOptions,
             "objective": self.objective_options, "loss": LossOptions, "precision": schema.PrecisionOptions,
-            "memory": schema.MemoryOptions, "saving": schema.SavingOptions, "metadata": schema.MetadataOptions,
+            "memory": MemoryOptions, "saving": schema.SavingOptions, "metadata": schema.MetadataOptions,
             "sampling": schema.SamplingOptions, "logging": schema.LoggingOptions, "general": schema.GeneralOptions,
         }
 
@@ -88,7 +89,7 @@ class Config:
     objective: Any
     loss: LossOptions
     precision: schema.PrecisionOptions
-    memory: schema.MemoryOptions
+    memory: MemoryOptions
     saving: schema.SavingOptions
     metadata: schema.MetadataOptions
     sampling: schema.SamplingOptions

@@ -8,11 +8,16 @@ captions and caches stand in ``data_options.py``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from library.config.values import flag, read_warmup
+
+if TYPE_CHECKING:
+    from library.config.check import Problem
+    from library.config.parse import Config
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,21 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str | None = flag(
         None, "model to start from: .safetensors file, sharded index, diffusers folder, or hub id", metavar="PATH", required=True)
+    attn_mode: str | None = flag(None, "attention by torch's own kernels, or by flash-attn, which wastes nothing on the "
+                                 "padding of texts", choices=("torch", "flash"), default_text="torch")
+    use_flash_attn: bool = flag(False, "the same as --attn_mode flash")
+
+    @property
+    def attention(self) -> str:
+        """``torch`` or ``flash``."""
+        return self.attn_mode or ("flash" if self.use_flash_attn else "torch")
+
+    def problems(self, config: Config) -> Iterator[Problem]:
+        """A choice that contradicts itself."""
+        from library.config.check import conflict  # which imports this package's other modules
+
+        if self.use_flash_attn and self.attn_mode == "torch":
+            yield conflict(config, "attn_mode use_flash_attn", "torch contradicts --use_flash_attn", "leave one of the two out")
 
 
 @dataclass(frozen=True)
@@ -61,7 +81,8 @@ class OptimizerOptions:
     optimizer_args: tuple[str, ...] = flag((), 'its own arguments, for instance weight_decay=0.01 "betas=0.9,0.99"',
                                            nargs="+", metavar="K=V")
     learning_rate: float = flag(2e-6, "learning rate after warm-up", minimum=0)
-    max_grad_norm: float = flag(1.0, "scale gradients down to this global norm", minimum=0, off="0")
+    max_grad_norm: float | None = flag(None, "scale gradients down to this global norm; 0: never", minimum=0,
+                                       default_text="1, or 0 when weights are updated during the backward pass")
     lr_scheduler: str = flag("constant", "course of the learning rate",
                              choices=("constant", "constant_with_warmup", "cosine", "linear"))
     lr_warmup_steps: int | float = flag(0, "rise from 0 over N steps, or over a share of the run (0.1 or 10%)",
@@ -75,14 +96,6 @@ class TrainingOptions:
     max_train_steps: int = flag(1600, "optimizer steps", minimum=1)
     max_train_epochs: int | None = flag(None, "passes over the dataset (overrides --max_train_steps)", minimum=0, off="0")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", minimum=1, off="1")
-
-
-@dataclass(frozen=True)
-class MemoryOptions:
-    title: ClassVar[str] = "Memory"
-
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: much less memory, "
-                                        "about a third slower")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Letters: B batch, C latent channels, h w latent height and width.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,9 +36,7 @@ class Flow:
 
         The density is squeezed linearly between the two bounds, after its shift: they bound the level that is trained.
         """
-        options = self.options
-        lowest = 0 if options.min_timestep is None else options.min_timestep
-        highest = density.LEVELS if options.max_timestep is None else options.max_timestep
+        lowest, highest = bounds(self.options)
         level = self._density(draws, tokens).clamp(0.0, 1.0)
         return density.between(level, lowest / density.LEVELS, highest / density.LEVELS)
 
@@ -46,9 +44,12 @@ class Flow:
         options = self.options
         sampling = options.timestep_sampling
         if sampling == "sigma":
-            return density.table(self._position(draws), options.discrete_flow_shift)
+            # the only mode in which weighting_scheme is also a density
+            return density.table(scheme_position(options, draws), options.discrete_flow_shift)
         if sampling == "uniform":
             return draws.uniform
+        if sampling == "nextdit_shift":
+            return density.shift(draws.uniform, density.resolution_shift_factor(tokens))
         level = density.logit_normal(draws.normal, std=options.sigmoid_scale)
         if sampling == "sigmoid":
             return level
@@ -57,20 +58,8 @@ class Flow:
         assert sampling == "flux_shift", sampling
         return density.shift(level, density.resolution_shift_factor(tokens))
 
-    def _position(self, draws: Draws) -> Tensor:
-        """Where in the table of ``sigma`` sampling, (B,): the only mode in which weighting_scheme is also a density."""
-        options = self.options
-        if options.weighting_scheme == "logit_normal":
-            return density.logit_normal(draws.normal, options.logit_mean, options.logit_std)
-        if options.weighting_scheme == "mode":
-            return density.mode(draws.uniform, options.mode_scale)
-        return draws.uniform
-
     def noise(self, latents: Tensor, draws: Draws, level: Tensor) -> Noisy:
-        """Mix ``latents`` (B, C, h, w) with the drawn noise at ``level`` (B,), in float32 whatever the latents are stored in."""
-        clean = latents.float()
-        sigma = level.view(-1, 1, 1, 1)
-        return Noisy((1 - sigma) * clean + sigma * draws.noise, level, draws.noise - clean)
+        return mix(latents, draws, level)
 
     def prediction(self, output: Tensor, noisy: Noisy) -> Tensor:
         """What is compared with the target: a function of the model's ``output`` (B, C, h, w), by model_prediction_type.
@@ -88,10 +77,7 @@ class Flow:
 
     def losses(self, output: Tensor, noisy: Noisy, mask: Tensor | None = None) -> Tensor:
         """(B,) float32, unweighted: the output against the target, by ``--loss_type``; ``mask`` (B, 1, h, w) or None."""
-        options, width = self.loss_options, None
-        if options.rounded:
-            width = huber_width(options.huber_schedule, options.huber_c, options.huber_scale, noisy.level)
-        return per_sample(self.prediction(output, noisy), noisy.target, mask, options.loss_type, width)
+        return compare(self.prediction(output, noisy), noisy.target, noisy.level, mask, self.loss_options)
 
     def weight(self, level: Tensor) -> Tensor:
         """Loss weights (B,) by weighting_scheme; as in the dialect they act on sigma_scaled predictions only.
@@ -102,5 +88,40 @@ class Flow:
             if self.options.weighting_scheme == "sigma_sqrt":
                 return level.clamp_min(_SMALLEST_WEIGHTED_LEVEL) ** -2
             if self.options.weighting_scheme == "cosmap":
-                return 2 / (math.pi * (1 - 2 * level + 2 * level**2))
+                return cosmap(level)
         return torch.ones_like(level)
+
+
+def bounds(options: Any) -> tuple[int, int]:
+    """(``min_timestep``, ``max_timestep``), of 1000."""
+    return (0 if options.min_timestep is None else options.min_timestep,
+            density.LEVELS if options.max_timestep is None else options.max_timestep)
+
+
+def scheme_position(options: Any, draws: Draws) -> Tensor:
+    """A number in [0, 1] for each sample (B,), with the density of ``weighting_scheme``."""
+    if options.weighting_scheme == "logit_normal":
+        return density.logit_normal(draws.normal, options.logit_mean, options.logit_std)
+    if options.weighting_scheme == "mode":
+        return density.mode(draws.uniform, options.mode_scale)
+    return draws.uniform
+
+
+def mix(latents: Tensor, draws: Draws, level: Tensor) -> Noisy:
+    """Mix ``latents`` (B, C, h, w) with the drawn noise at ``level`` (B,), in float32 whatever the latents are stored in."""
+    clean = latents.float()
+    sigma = level.view(-1, 1, 1, 1)
+    return Noisy((1 - sigma) * clean + sigma * draws.noise, level, draws.noise - clean)
+
+
+def compare(prediction: Tensor, target: Tensor, level: Tensor, mask: Tensor | None, options: LossOptions) -> Tensor:
+    """(B,) float32, by ``--loss_type``: ``prediction`` and ``target`` (B, C, h, w) at ``level`` (B,)."""
+    width = None
+    if options.rounded:
+        width = huber_width(options.huber_schedule, options.huber_c, options.huber_scale, level)
+    return per_sample(prediction, target, mask, options.loss_type, width)
+
+
+def cosmap(level: Tensor) -> Tensor:
+    """2 / (pi (1 - 2 sigma + 2 sigma^2)), (B,) -> (B,)."""
+    return 2 / (math.pi * (1 - 2 * level + 2 * level**2))

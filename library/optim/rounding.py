@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from library.optim.groups import Group
 
 CHUNK_BYTES = 256 * 1024**2
+_Entry = tuple[int, Parameter, Parameter]  # index over all parameters, weight, its stand-in
 _ROUND_ELEMENTS = 16 * 1024**2  # random integers drawn at a time: 64 MB
 
 
@@ -35,10 +36,11 @@ class StochasticRounding:
 
     def __init__(self, groups: Sequence[Group], seed: int, chunk_bytes: int = CHUNK_BYTES):
         self._seed = seed
-        self._lifted: list[tuple[int, Parameter, Parameter]] = []  # (index over all parameters, weight, its stand-in)
+        self._lifted: list[_Entry] = []
         self._plain: list[Parameter] = []
         self._chunk_bytes = chunk_bytes
         self.groups = tuple(Group(g.name, tuple((n, self._stand_in(p)) for n, p in g.params), g.learning_rate) for g in groups)
+        self._by_weight = {id(entry[1]): entry for entry in self._lifted}
 
     def _stand_in(self, parameter: Parameter) -> Parameter:
         if parameter.dtype != torch.bfloat16:
@@ -52,13 +54,23 @@ class StochasticRounding:
     def step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """One optimizer step from the gradients of the weights, which are given up (set to None) on the way.
 
-        The rounding is a function of (seed, ``step``, index of the parameter): a resumed run repeats it.
+        The rounding is a function of (seed, ``step``, index of the parameter): a resumed run repeats it, and so does a run that
+        steps its parameters in another order or some at a time.
         """
-        if any(parameter.grad is not None for parameter in self._plain):
+        self._step(optimizer, step, self._plain, self._lifted)
+
+    @torch.no_grad()
+    def step_some(self, optimizer: torch.optim.Optimizer, step: int, weights: Sequence[Parameter]) -> None:
+        """The same for ``weights`` alone, which have gradients; nobody else in ``optimizer.param_groups`` has one."""
+        lifted = [self._by_weight[id(weight)] for weight in weights if id(weight) in self._by_weight]
+        self._step(optimizer, step, [weight for weight in weights if id(weight) not in self._by_weight], lifted)
+
+    def _step(self, optimizer: torch.optim.Optimizer, step: int, plain: Sequence[Parameter], lifted: Sequence[_Entry]) -> None:
+        if any(parameter.grad is not None for parameter in plain):
             optimizer.step()
-            for parameter in self._plain:  # or the calls below would step them again
+            for parameter in plain:  # or the calls below would step them again
                 parameter.grad = None
-        for chunk in self._chunks():
+        for chunk in self._chunks(lifted):
             for _, weight, stand_in in chunk:
                 stand_in.data = weight.detach().float()
                 stand_in.grad = weight.grad.float()
@@ -69,10 +81,10 @@ class StochasticRounding:
                 stand_in.grad = None
                 stand_in.data = _memoryless(weight)
 
-    def _chunks(self) -> Iterator[list[tuple[int, Parameter, Parameter]]]:
-        chunk: list[tuple[int, Parameter, Parameter]] = []
+    def _chunks(self, lifted: Sequence[_Entry]) -> Iterator[list[_Entry]]:
+        chunk: list[_Entry] = []
         chunk_bytes = 0
-        for entry in self._lifted:
+        for entry in lifted:
             if entry[1].grad is None:
                 continue
             entry_bytes = 4 * entry[1].numel()

@@ -39,6 +39,8 @@ class StepAfterBackward:
     ``rounding``, ``optimizer`` was built over ``rounding.groups``; ``groups`` always hold the model's own parameters.
     """
 
+    inside_backward = False  # whether weights change before the backward pass is at its end
+
     def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group], schedule: Callable[[int, int], float],
                  max_grad_norm: float, rounding: StochasticRounding | None = None):
         self._optimizer = optimizer
@@ -52,6 +54,9 @@ class StepAfterBackward:
         held = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
         named = [[id(p) for _, p in group.params] for group in (rounding.groups if rounding else groups)]
         assert held == named, "the optimizer was built over other parameters than the updater's groups"
+
+    def begin_microbatch(self, step: int, total_steps: int, last_microbatch: bool) -> None:
+        """Before the forward pass of every micro-batch; means something to ``StepInBackward`` alone."""
 
     def after_backward(self, step: int, total_steps: int, last_microbatch: bool,
                        scaler: torch.amp.GradScaler | None = None) -> UpdateInfo | None:
@@ -68,7 +73,7 @@ class StepAfterBackward:
             scaler.unscale_(self._optimizer)
         trained = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
         assert trained, "no gradient reached any trained parameter"
-        norm_tensor = _norm([parameter.grad for parameter in trained])
+        norm_tensor = total_norm([parameter.grad for parameter in trained])
         norm = norm_tensor.item()  # waits for the device
         skipped = not math.isfinite(norm)
         self._skips_in_a_row = self._skips_in_a_row + 1 if skipped else 0
@@ -98,37 +103,56 @@ class StepAfterBackward:
 
     def _non_finite(self, norm: float, step: int) -> NonFinite:
         bad = [name for name, p in self._parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-        where = f" (in {', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''})" if bad else ""
-        return NonFinite(f"the gradient norm is {norm}{where}", place=f"step {step + 1}", remedy="the weights were not "
-                         "touched; lower --learning_rate, use --mixed_precision bf16 instead of fp16, or look for broken "
-                         "pictures in this step")
+        return non_finite(norm, bad, step, "the weights were not touched")
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """The optimizer's state by parameter name: {name: {key: tensor or number}}. Tensors are the live ones, not copies.
-
-        Learning rates and other settings are not part of it: they come from the configuration of the run that continues.
-        """
-        return {name: dict(self._optimizer.state.get(parameter, {})) for name, parameter in self._stepped.items()}
+        """See ``named_state``."""
+        return named_state(self._optimizer, self._stepped)
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over a state made by ``state_dict``, bit for bit. UserError when it is of other parameters.
-
-        The optimizers' own load_state_dict is avoided: it matches parameters by position, and casts float state to the dtype of
-        the weights, which for bfloat16 weights loses most of it.
-        """
-        if state.keys() != self._stepped.keys():
-            stray = sorted(state.keys() ^ self._stepped.keys())
-            raise UserError(f"the saved optimizer state is of other weights ({len(stray)} names stand on one side only, such as "
-                            f"{stray[0]!r})", remedy="resume with the model and the settings that the state was saved with")
-        settings = {id(parameter): group for group in self._optimizer.param_groups for parameter in group["params"]}
-        for name, parameter in self._stepped.items():
-            self._optimizer.state.pop(parameter, None)
-            if state[name]:  # optimizers take an absent entry, not an empty one, for a parameter that was never stepped
-                values = {key: _placed(key, value, parameter, settings[id(parameter)]) for key, value in state[name].items()}
-                self._optimizer.state[parameter] = values
+        """See ``take_state``."""
+        take_state(self._optimizer, self._stepped, state)
 
 
-def _norm(gradients: Sequence[Tensor]) -> Tensor:
+def non_finite(norm: float, names: Sequence[str], step: int, consequence: str) -> NonFinite:
+    """The error for a gradient norm that is not finite; ``names`` are the parameters to blame, ``step`` counts from 0."""
+    where = f" (in {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''})" if names else ""
+    return NonFinite(f"the gradient norm is {norm}{where}", place=f"step {step + 1}", remedy=f"{consequence}; lower "
+                     "--learning_rate, use --mixed_precision bf16 instead of fp16, or look for broken pictures in this step")
+
+
+def named_state(optimizer: torch.optim.Optimizer, stepped: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """The optimizer's state by parameter name: {name: {key: tensor or number}}. Tensors are the live ones, not copies.
+
+    Learning rates and other settings are not part of it: they come from the configuration of the run that continues.
+    """
+    return {name: dict(optimizer.state.get(parameter, {})) for name, parameter in stepped.items()}
+
+
+def require_names(stepped: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """UserError unless ``state`` is of the parameters ``stepped``."""
+    if state.keys() != stepped.keys():
+        stray = sorted(state.keys() ^ stepped.keys())
+        raise UserError(f"the saved optimizer state is of other weights ({len(stray)} names stand on one side only, such as "
+                        f"{stray[0]!r})", remedy="resume with the model and the settings that the state was saved with")
+
+
+def take_state(optimizer: torch.optim.Optimizer, stepped: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Take over a state made by ``named_state``, bit for bit. UserError when it is of other parameters.
+
+    The optimizers' own load_state_dict is avoided: it matches parameters by position, and casts float state to the dtype of
+    the weights, which for bfloat16 weights loses most of it.
+    """
+    require_names(stepped, state)
+    settings = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in stepped.items():
+        optimizer.state.pop(parameter, None)
+        if state[name]:  # optimizers take an absent entry, not an empty one, for a parameter that was never stepped
+            values = {key: _placed(key, value, parameter, settings[id(parameter)]) for key, value in state[name].items()}
+            optimizer.state[parameter] = values
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The norm over all of them, a float32 scalar: torch's own get_total_norm rounds it to the dtype of the gradients."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32)))
 

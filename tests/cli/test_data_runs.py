@@ -96,7 +96,8 @@ def test_variants_of_a_caption_are_cached(flags, tmp_path):
 
 def test_long_captions_are_told_once_whether_cached_or_not(flags, tmp_path):
     pictures = make_pictures(tmp_path / "pictures", 3)
-    (pictures / "picture1.txt").write_text("the cat and the blue dog " * 9 + "end", encoding="utf-8")
+    for index, caption in enumerate(("the cat", "the cat and the blue dog " * 18 + "end", "a red cat")):
+        (pictures / f"picture{index}.txt").write_text(caption, encoding="utf-8")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the red box " * 30 + "--w 64 --h 64 --s 1\n", encoding="utf-8")
     data = dataset_file(tmp_path / "data.toml", pictures)
@@ -109,7 +110,8 @@ def test_long_captions_are_told_once_whether_cached_or_not(flags, tmp_path):
     for done in (first, online, cached):
         assert done.text.count("1 caption is longer than the 16 tokens that T5 reads") == 1, done.text
         assert done.text.count("picture1.png: ") == 1 and done.text.count("an epoch is") == 1
-    assert first.text.count("1 preview prompt is longer than the 16 tokens that T5 reads (such as ") == 1
+    assert first.text.count("1 preview prompt is longer than the 16 tokens that T5 reads") == 1
+    assert first.text.count("1 preview prompt is longer than the 77 tokens that CLIP reads (such as ") == 1
     assert "preview prompt is" not in cached.text
 
 

@@ -41,4 +41,4 @@ def test_mistakes_in_the_data_are_on_the_page(base, pictures, tmp_path):
     assert done.status == 0 and not done.errors, done.text
     text = (tmp_path / "out" / "mine_dataset.html").read_text(encoding="utf-8")
     assert "pictures that cannot be read: 1" in text and "pictures without a caption: 1" in text
-    assert "pictures that cannot be read: 1 (such as " in done.text
+    assert "picture2.png: " in done.text and "picture1.png: the picture has no caption" in done.text

@@ -22,8 +22,9 @@ DENOISER = "model.diffusion_model."
 def pipeline_folder(folder: Path, files: TinyFlux) -> Path:
     """The same models as diffusers and transformers save them, the transformer in shards."""
     from library.architectures.clip import load_clip
-    from library.architectures.flux_models import load_t5, load_transformer, load_vae
+    from library.architectures.flux_models import load_transformer, load_vae
     from library.architectures.flux_parts import open_parts
+    from library.architectures.t5 import load_t5
 
     parts = open_parts(files.checkpoint)
     folder.mkdir()

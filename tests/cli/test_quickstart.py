@@ -19,7 +19,8 @@ def run(*command, **extra):
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("model", "checkpoint"), [("flux", "flux1-dev.safetensors"), ("sdxl", "sd_xl_base_1.0.safetensors")])
+@pytest.mark.parametrize(("model", "checkpoint"), [("flux", "flux1-dev.safetensors"), ("sdxl", "sd_xl_base_1.0.safetensors"),
+                                                    ("sd3", "sd3_medium.safetensors")])
 def test_toy_checkpoint_and_main_job(model, checkpoint, tmp_path):
     run(sys.executable, f"tools/make_toy_{model}.py", "--output", tmp_path / "toy", "--size", "tiny")
     text = run(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no",
@@ -37,7 +38,7 @@ def test_toy_checkpoint_and_main_job(model, checkpoint, tmp_path):
         assert sheet.width > 500
 
 
-@pytest.mark.parametrize("model", ["flux", "sdxl"])
+@pytest.mark.parametrize("model", ["flux", "sdxl", "sd3"])
 def test_the_script_builds_what_the_configuration_reads(model):
     """quickstart.sh and the configuration name the same folder; the file in it is the one that the maker writes."""
     script = (ROOT / "quickstart.sh").read_text(encoding="utf-8")
@@ -53,7 +54,7 @@ def test_an_unknown_model_is_told_before_anything_is_made():
         pytest.skip("no bash here")
     done = subprocess.run(["bash", "quickstart.sh", "sd9"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr == "error: no quickstart for 'sd9'; use: bash quickstart.sh [flux|sdxl] [flags of the training script]\n"
+    assert done.stderr == "error: no quickstart for 'sd9'; use: bash quickstart.sh [flux|sdxl|sd3] [flags of the training script]\n"
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", ".ci/run", "tools/environment.sh"])

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import flux_train
+import lumina_train
+import sd3_train
 import sdxl_train
+from library.checkpoint.sd3_keys import MMDIT_PREFIX
 from library.checkpoint.sdxl_keys import UNET_PREFIX
 from library.config.parse import Entry
 from tests.contract import converters
 from tests.tiny import make_flux_files
+from tests.tiny_lumina import make_image_2_files, make_next_files
+from tests.tiny_sd3 import ENCODERS, make_sd3_files
 from tests.tiny_sdxl import make_sdxl_files
 
 Tensors = Mapping[str, Tensor]
@@ -45,6 +50,8 @@ class Case:
     """Whether a tensor of the checkpoint trains without further flags."""
     diffusers: Callable[[Path], tuple[Tensors, Tensors]]
     """The denoiser of a saved file by module name: as the converter of diffusers makes it, and as our reader does."""
+    variant: bool = False
+    """One more variant of an architecture that is here already: slow tests are content with the first one."""
     encoders: tuple[str, ...] = ()
     """Flags that train all text encoders, for adapters that can."""
     one_encoder: tuple[str, ...] = ()
@@ -81,7 +88,18 @@ def _flux(variant: str) -> Case:
         f"flux-{variant}", flux_train.ENTRY, lambda folder: make_flux_files(folder, variant=variant).checkpoint,
         settings=tuple(("--timestep_sampling", name) for name in samplings), oracle=_packed, landed=_flow_landing,
         time_input=lambda denoiser: denoiser.time_text_embed.time_proj, level=torch.tensor([0.7071]), time=707.1,
-        trains=lambda name: True, diffusers=converters.flux,
+        trains=lambda name: True, diffusers=converters.flux, variant=variant != "dev",
+    )
+
+
+def _lumina(name: str, make: Callable[[Path], Any], oracle: Callable[[Tensor], Tensor], diffusers: Callable[[Path], Any],
+            unused: str) -> Case:
+    samplings = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift")
+    return Case(
+        name, lumina_train.ENTRY, lambda folder: make(folder).checkpoint, oracle=oracle, landed=_flow_landing,
+        settings=tuple(("--timestep_sampling", sampling) for sampling in samplings),
+        time_input=lambda denoiser: denoiser.time_caption_embed.time_proj, level=torch.tensor([0.7071]), time=0.2929,
+        trains=lambda name: name != unused, diffusers=diffusers,
     )
 
 
@@ -92,9 +110,25 @@ def _trained_by_encoders(name: str) -> bool:
     return (first and not any(part in name for part in idle)) or (second and "logit_scale" not in name)
 
 
+def _sd3(variant: str, embedded: tuple[str, ...] = (), encoders: tuple[str, ...] = (), one_encoder: tuple[str, ...] = ()) -> Case:
+    schemes = ("uniform", "logit_normal", "mode", "sigma_sqrt", "cosmap")
+    return Case(
+        variant, sd3_train.ENTRY, lambda folder: make_sd3_files(folder, variant, embedded).checkpoint,
+        settings=(*(("--weighting_scheme", name) for name in schemes), ("--training_shift", "3")),
+        oracle=lambda answer: answer, landed=_flow_landing, time_input=lambda denoiser: denoiser.time_text_embed.time_proj,
+        level=torch.tensor([0.7071]), time=707.1,
+        trains=lambda name: name.startswith(MMDIT_PREFIX) and not name.endswith("pos_embed"), diffusers=converters.sd3,
+        encoders=encoders, one_encoder=one_encoder, encoder_names=lambda name: name.startswith("text_encoders."),
+    )
+
+
 CASES = (
     _flux("dev"),
     _flux("schnell"),
+    _lumina("lumina-image-2", make_image_2_files, lambda answer: -answer, converters.lumina_image_2, unused="norm_final.weight"),
+    # it says something about the variance, too
+    _lumina("lumina-next", make_next_files, lambda answer: torch.cat([-answer, torch.ones_like(answer)], dim=1),
+            converters.lumina_next, unused="pad_token"),
     Case(
         "sdxl", sdxl_train.ENTRY, lambda folder: make_sdxl_files(folder).checkpoint,
         settings=((), ("--v_parameterization",), ("--v_parameterization", "--zero_terminal_snr"), ("--min_timestep", "900")),
@@ -103,4 +137,7 @@ CASES = (
         encoders=("--train_text_encoder",), one_encoder=("--train_text_encoder", "--learning_rate_te1", "0"),
         encoder_names=_trained_by_encoders,
     ),
+    _sd3("sd3-medium", ENCODERS, ("--train_text_encoder", "--train_t5xxl"), ("--train_text_encoder", "--learning_rate_te2", "0")),
+    _sd3("sd3.5-medium"),
+    _sd3("sd3.5-large"),
 )

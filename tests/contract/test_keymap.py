@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (convert_flux_transformer_checkpoint_to_diffusers, convert_ldm_unet_checkpoint,
-                                                 convert_ldm_vae_checkpoint, convert_open_clip_checkpoint)
+                                                 convert_ldm_vae_checkpoint, convert_open_clip_checkpoint,
+                                                 convert_sd3_transformer_checkpoint_to_diffusers)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from library.checkpoint.autoencoder_keys import AUTOENCODER, AUTOENCODER_QUANT
 from library.checkpoint.clip_keys import CLIP, CLIP_FLAT, CLIP_PROJECTED, OPEN_CLIP
 from library.checkpoint.export import carry, export_module
-from library.checkpoint.flux_keys import T5, TRANSFORMER
+from library.checkpoint.flux_keys import TRANSFORMER
 from library.checkpoint.header import TensorInfo
 from library.checkpoint.keymap import KeyMap, _module_patterns, _regex, best_fit, identity, module_shapes
 from library.checkpoint.reader import Source, build_on_meta, load_module, match_names, open_source
+from library.checkpoint.sd3_keys import ENCODER_PREFIXES, MMDIT_PREFIX, mmdit
 from library.checkpoint.sdxl_keys import CLIP_G_PREFIX, CLIP_L_PREFIX, UNET, UNET_PREFIX, VAE_PREFIX, unet
+from library.checkpoint.t5_keys import T5
 from library.checkpoint.writer import write_safetensors
 
 LAYOUTS = Path(__file__).parent.parent / "data" / "layouts"
@@ -36,6 +39,10 @@ CLIP_G_FULL = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layer
 SDXL = "sdxl_base_1.0"
 PARTS = {"sdxl-unet": (SDXL, UNET_PREFIX), "sdxl-clip_l": (SDXL, CLIP_L_PREFIX), "sdxl-clip_g": (SDXL, CLIP_G_PREFIX),
          "sdxl-vae": (SDXL, VAE_PREFIX)}
+SD3_FILES = ("sd3_medium", "sd3.5_medium", "sd3.5_large")
+WHOLE = "sd3_medium_incl_clips_t5xxl"
+PARTS |= {f"{name}-mmdit": (name, MMDIT_PREFIX) for name in SD3_FILES}
+PARTS |= {"sd3-vae": ("sd3_medium", VAE_PREFIX), **{f"sd3-{name}": (WHOLE, prefix) for name, prefix in ENCODER_PREFIXES.items()}}
 
 
 def autoencoder(channels=(128, 256, 512, 512), layers=2, groups=32, quant=False):
@@ -64,6 +71,13 @@ def t5(**sizes):
     return T5EncoderModel(T5Config(**(sizes or T5_SIZES), feed_forward_proj="gated-gelu"))
 
 
+def mmdit_model(depth=24, heads=24, dual=(), qk_norm=None, positions=192, text=4096, pooled=2048):
+    """``SD3Transformer2DModel``; SD3-medium by default."""
+    return SD3Transformer2DModel(
+        num_layers=depth, num_attention_heads=heads, attention_head_dim=64, caption_projection_dim=64 * heads, qk_norm=qk_norm,
+        joint_attention_dim=text, pooled_projection_dim=pooled, pos_embed_max_size=positions, dual_attention_layers=dual)
+
+
 TINY = {
     "dev": (lambda: FluxTransformer2DModel(**TINY_FLUX, guidance_embeds=True), TRANSFORMER),
     "schnell": (lambda: FluxTransformer2DModel(**TINY_FLUX, guidance_embeds=False), TRANSFORMER),
@@ -76,6 +90,9 @@ TINY = {
     "autoencoder-4": (lambda: autoencoder((8, 16, 24), 1, 4, quant=True), AUTOENCODER_QUANT),
     "open_clip": (clip_g, OPEN_CLIP),
     "clip_projected": (clip_g, CLIP_PROJECTED),
+    "mmdit": (lambda: mmdit_model(3, 1, positions=4, text=8, pooled=6), mmdit(3)),
+    "mmdit-3.5-large": (lambda: mmdit_model(2, 1, (), "rms_norm", 4, 8, 6), mmdit(2)),
+    "mmdit-3.5-medium": (lambda: mmdit_model(3, 1, (0, 1), "rms_norm", 4, 8, 6), mmdit(3)),
 }
 FULL = {
     "flux1-dev": (lambda: FluxTransformer2DModel(guidance_embeds=True), TRANSFORMER),
@@ -87,6 +104,13 @@ FULL = {
     "sdxl-clip_l": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_FULL)), CLIP),
     "sdxl-clip_g": (lambda: clip_g(**CLIP_G_FULL), OPEN_CLIP),
     "sdxl-vae": (lambda: autoencoder(quant=True), AUTOENCODER_QUANT),
+    "sd3_medium-mmdit": (mmdit_model, mmdit(24)),
+    "sd3.5_medium-mmdit": (lambda: mmdit_model(dual=tuple(range(13)), qk_norm="rms_norm", positions=384), mmdit(24)),
+    "sd3.5_large-mmdit": (lambda: mmdit_model(38, 38, qk_norm="rms_norm"), mmdit(38)),
+    "sd3-vae": (autoencoder, AUTOENCODER),
+    "sd3-clip_l": (lambda: CLIPTextModel(CLIPTextConfig(**CLIP_FULL)), CLIP),
+    "sd3-clip_g": (lambda: clip_g(**CLIP_G_FULL), CLIP_PROJECTED),
+    "sd3-t5xxl": (lambda: t5(**T5_FULL), T5),
 }
 
 
@@ -190,6 +214,32 @@ def test_unet_equals_diffusers_converter():
     theirs = convert_ldm_unet_checkpoint({UNET_PREFIX + key: tensor for key, tensor in original.items()}, config)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize("name", SD3_FILES)
+def test_mmdit_equals_diffusers_converter(name):
+    """All full-size names with real numbers; the converter cuts rows only, which are scaled down: only their halves matter."""
+    width = full_size(f"{name}-mmdit")["context_embedder.weight"][0]
+    narrow = {key: tuple(side // (width // 2) if side >= width else 1 for side in shape[:1]) + tuple(1 for _ in shape[1:])
+              for key, shape in full_size(f"{name}-mmdit").items()}
+    depth = 38 if "large" in name else 24
+    bound = mmdit(depth).bind(narrow)
+    original = seeded(bound.original_shapes())
+    assert set(original) == set(layout(f"{name}-mmdit"))
+    mine = dict(pair for key, tensor in original.items() for pair in bound.to_module(key, tensor))
+    theirs = convert_sd3_transformer_checkpoint_to_diffusers({MMDIT_PREFIX + key: tensor for key, tensor in original.items()})
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize("name", SD3_FILES)
+def test_mmdit_shapes_equal_diffusers_converter(name):
+    """The published file's names and true shapes, on meta, through the converter."""
+    original = {key: torch.empty(shape, device="meta") for key, shape in layout(f"{name}-mmdit").items()}
+    theirs = convert_sd3_transformer_checkpoint_to_diffusers(dict(original))
+    factory, keymap = FULL[f"{name}-mmdit"]
+    mine = dict(pair for key, tensor in original.items() for pair in keymap.bind(full_size(f"{name}-mmdit")).to_module(key, tensor))
+    assert shapes_of(mine) == shapes_of(theirs) == full_size(f"{name}-mmdit")
 
 
 def test_open_clip_equals_diffusers_converter():
@@ -312,7 +362,7 @@ def test_single_file_of_four_models_is_read_and_written_back_exactly():
     """2,515 tensors; two belong to no module (a count of positions and a temperature) and are carried over."""
     source = header_only(layout(SDXL))
     whole = None
-    for name, (_, prefix) in PARTS.items():
+    for name, prefix in ((name, prefix) for name, (file, prefix) in PARTS.items() if file == SDXL):
         export = assert_fits_and_returns(source, FULL[name][1].bind(full_size(name)), prefix)
         whole = export if whole is None else whole + export
     names = {entry.name for entry in whole.entries}
@@ -321,6 +371,22 @@ def test_single_file_of_four_models_is_read_and_written_back_exactly():
     whole = (whole + carry(source, rest)).in_order(source.layout_order)
     assert {entry.name: entry.shape for entry in whole.entries} == layout(SDXL)
     assert [entry.name for entry in whole.entries] == list(source.layout_order)
+
+
+@pytest.mark.parametrize("file", [*SD3_FILES, "sd3_medium_incl_clips", WHOLE])
+def test_sd3_files_are_read_and_written_back_exactly(file):
+    """Transformer, autoencoder and what text encoders the file has: every tensor belongs to a module."""
+    source = header_only(layout(file))
+    transformer = file if file in SD3_FILES else "sd3_medium"
+    parts = {MMDIT_PREFIX: f"{transformer}-mmdit", VAE_PREFIX: "sd3-vae",
+             **{prefix: f"sd3-{name}" for name, prefix in ENCODER_PREFIXES.items()}}
+    found = {prefix: name for prefix, name in parts.items() if any(key.startswith(prefix) for key in source.tensors)}
+    assert len(found) == {"sd3_medium_incl_clips": 4, WHOLE: 5}.get(file, 2)
+    exports = [assert_fits_and_returns(source, FULL[name][1].bind(full_size(name)), prefix) for prefix, name in found.items()]
+    whole = exports[0]
+    for export in exports[1:]:
+        whole += export
+    assert [entry.name for entry in whole.in_order(source.layout_order).entries] == list(source.layout_order)
 
 
 def test_t5_takes_either_name_of_its_embedding(tmp_path):

@@ -60,7 +60,8 @@ def test_encoding_for_each_batch_gives_the_cached_losses(case, train, data, tmp_
 def test_accumulation_of_four_ones_is_one_four(case, train, four, tmp_path):
     whole = losses(train(tmp_path / "whole", four[0], *STEPS, *CACHED))
     parts = losses(train(tmp_path / "parts", four[1], *STEPS, *CACHED, "--gradient_accumulation_steps", "4"))
-    assert parts == pytest.approx(whole, rel=1e-5)
+    # Sums of other lengths round otherwise, and AdamW's first update, g / (|g| + 1e-8), makes that large where g is all rounding.
+    assert parts == pytest.approx(whole, rel=5e-5)
 
 
 def test_the_same_seed_repeats_a_run_and_another_does_not(case, train, data, tmp_path):

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 import flux_train
+import lumina_train
+import sd3_train
 import sdxl_train
 from library.config.dialect import DIALECT, ELSEWHERE, INERT, LATER
 from library.config.parse import parse
 from library.errors import UserError
 
-ENTRY, ENTRIES = flux_train.ENTRY, (flux_train.ENTRY, sdxl_train.ENTRY)
+ENTRY, ENTRIES = flux_train.ENTRY, (flux_train.ENTRY, sdxl_train.ENTRY, sd3_train.ENTRY, lumina_train.ENTRY)
 NAMES = (Path(__file__).parents[1] / "data" / "dialect_flags.txt").read_text().split()
 REQUIRED = ["--pretrained_model_name_or_path", ".", "--dataset_config", __file__, "--output_dir", "out"]
 
@@ -55,10 +57,10 @@ def test_values_that_ask_for_nothing_pass_in_silence(tmp_path):
 
 def test_other_values_of_the_same_flags_do_not():
     with pytest.raises(UserError) as caught:
-        parse(ENTRY, [*REQUIRED, "--blocks_to_swap", "2", "--ip_noise_gamma", "0.1", "--network_dim", "0",
+        parse(ENTRY, [*REQUIRED, "--torch_compile", "--ip_noise_gamma", "0.1", "--network_dim", "0",
                       "--network_args", "a=1", "b=2"], {})
     assert [line.split(":")[0] for line in caught.value.problems] == [
-        "--blocks_to_swap", "--ip_noise_gamma", "--network_dim", "--network_args"]
+        "--torch_compile", "--ip_noise_gamma", "--network_dim", "--network_args"]
 
 
 def test_inert_flag_from_the_file_is_named_with_its_line(tmp_path):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from library.architectures.clip import clip_config, load_clip
-from library.architectures.flux_models import (SCALING, SHIFT, load_t5, load_transformer, load_vae, rope_axes, t5_config,
-                                               transformer_config)
+from library.architectures.flux_models import SCALING, SHIFT, load_transformer, load_vae, rope_axes, transformer_config
 from library.architectures.flux_parts import CHECKPOINT, TOKENIZERS, describe, open_parts
 from library.architectures.flux_text import Tokenizers, encode_text
 from library.architectures.opening import open_checkpoint
+from library.architectures.t5 import load_t5, t5_config
 from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
 from library.architectures.vae import decode_image, encode_image, vae_config
 from library.checkpoint.header import TensorInfo

@@ -17,7 +17,7 @@ from library.config.data_options import CachingOptions, DatasetOptions
 from library.data import image, scan, spec
 from library.data.augment import plain_view
 from library.prompts import parse_prompts
-from tools import make_photos, make_toy_flux, toy_tokenizers
+from tools import make_photos, make_toy_flux, toy_parts, toy_tokenizers
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs/quickstart"
@@ -91,7 +91,7 @@ def test_the_toy_set_is_complete_and_the_same_for_the_same_seed(tmp_path):
         make_toy_flux.make(tmp_path / name, make_toy_flux.SIZES["tiny"], seed=0)
     parts = open_parts(str(tmp_path / "a/flux1-dev.safetensors"), hub=Hub(cache=tmp_path / "no hub", offline=True))
     assert parts.transformer.variant == "dev" and parts.transformer.layout == "bfl" and parts.transformer.head_dim == 32
-    assert parts.transformer.text_width == make_toy_flux.T5_WIDTH and parts.transformer.pooled_width == make_toy_flux.CLIP_WIDTH
+    assert parts.transformer.text_width == toy_parts.T5_WIDTH and parts.transformer.pooled_width == make_toy_flux.CLIP_WIDTH
     for path in (tmp_path / "a").rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes(), path.name
 

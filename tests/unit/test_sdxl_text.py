@@ -5,8 +5,9 @@ import torch
 
 from library.architectures import attention_weights, clip_chunks
 from library.architectures.sdxl_models import load_clip_g, load_clip_l
+from library.architectures.clip_states import blocks
 from library.architectures.sdxl_parts import TOKENIZER, TOKENIZER_2, open_parts
-from library.architectures.sdxl_text import NAMES, Tokenizers, blocks, encode_text, side_by_side, trained_parameters
+from library.architectures.sdxl_text import NAMES, Tokenizers, encode_text, side_by_side, trained_parameters
 from library.architectures.tokenizers import load_tokenizer
 from library.checkpoint.hub import Hub
 from library.errors import UserError
