@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write an untrained toy SDXL: the single file of the release with every part in its layout, a thousandth of the size.
+"""Write an untrained toy SDXL: the single file of the release with every part in its layout, a hundredth of the size.
 
     python tools/make_toy_sdxl.py --output output/quickstart/toy
 
@@ -8,6 +8,7 @@ projection, the fitted autoencoder from `configs/quickstart/toy`) and both token
 are random: all they have to do is to tell captions apart, and they can be trained like the real ones. Same seed, same files.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,16 @@ NAME = "sd_xl_base_1.0.safetensors"
 
 @dataclass(frozen=True)
 class Size:
-    """Channels of the three levels and depth of their attention. SDXL: (320, 640, 1280) and (0, 2, 10)."""
+    """Channels of the three levels and depth of their attention. SDXL: (320, 640, 1280) and (0, 2, 10).
+
+    Heads are 64 wide, and norms have as many groups, up to 32, as divide all levels: both are read off the widths.
+    """
 
     widths: tuple[int, int, int]
     depths: tuple[int, int, int]
 
 
-SIZES = {"tiny": Size((32, 64, 128), (0, 1, 1)), "quickstart": Size((64, 128, 192), (0, 1, 2))}
+SIZES = {"tiny": Size((32, 64, 128), (0, 1, 1)), "quickstart": Size((48, 64, 128), (0, 1, 2))}
 
 
 def make_unet(size: Size):
@@ -44,7 +48,7 @@ def make_unet(size: Size):
         transformer_layers_per_block=tuple(max(depth, 1) for depth in size.depths),
         attention_head_dim=tuple(max(width // 64, 1) for width in size.widths), use_linear_projection=True,
         cross_attention_dim=CLIP_L_WIDTH + CLIP_G_WIDTH, addition_embed_type="text_time", addition_time_embed_dim=SIZE_WIDTH,
-        projection_class_embeddings_input_dim=CLIP_G_WIDTH + 6 * SIZE_WIDTH, norm_num_groups=32,
+        projection_class_embeddings_input_dim=CLIP_G_WIDTH + 6 * SIZE_WIDTH, norm_num_groups=math.gcd(32, *size.widths),
     )
     for name, parameter in model.named_parameters():
         if ".conv2." in name or ".proj_out." in name or name.startswith("conv_out."):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.architectures.flux_models import load_vae
+from library.architectures import flux_models, sdxl_models
 from library.architectures.flux_parts import TOKENIZERS, open_parts
 from library.architectures.tokenizers import load_tokenizer
 from library.architectures.vae import decode_image, encode_image
@@ -21,7 +21,6 @@ from tools import make_photos, make_toy_flux, toy_parts, toy_tokenizers
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs/quickstart"
-AE = QUICKSTART / "toy/ae.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +62,17 @@ def test_prompts_are_captions_in_the_shape_of_their_picture(items):
     assert all(shapes[prompt.text] == (prompt.width, prompt.height) for prompt in prompts)
 
 
-def test_the_autoencoder_reconstructs_the_photographs(items):
-    assert AE.stat().st_size <= 4_000_000
-    vae = load_vae(open_source(AE), torch.float32)
+# file, how it is loaded, its latent channels, and what it must reach in dB on the worst photograph and on average
+AUTOENCODERS = {"flux": ("ae.safetensors", flux_models.load_vae, 16, 22, 28),
+                "sdxl": ("sdxl_vae.safetensors", sdxl_models.load_vae, 4, 24, 28)}
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_the_autoencoder_reconstructs_the_photographs(items, name):
+    file, load_vae, channels, worst, average = AUTOENCODERS[name]
+    path = QUICKSTART / "toy" / file
+    assert path.stat().st_size <= 4_000_000
+    vae = load_vae(open_source(path), torch.float32)
     assert vae.config.norm_num_groups == 32
     latents, decibels = [], []
     for item in items:
@@ -73,8 +80,9 @@ def test_the_autoencoder_reconstructs_the_photographs(items):
         latent = encode_image(vae, pixels)
         decibels.append(-10 * (decode_image(vae, latent) - pixels).div(2).square().mean().log10().item())
         latents.append(latent.flatten(2)[0])
-    assert min(decibels) > 22 and sum(decibels) / len(decibels) > 28
-    values = torch.cat(latents, dim=1)  # (16, all cells)
+    assert min(decibels) > worst and sum(decibels) / len(decibels) > average
+    values = torch.cat(latents, dim=1)  # (channels, all cells)
+    assert len(values) == channels
     assert values.mean().abs() < 0.1 and (values.std(1) - 1).abs().max() < 0.1
 
 

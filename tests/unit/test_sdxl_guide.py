@@ -18,6 +18,7 @@ from library.checkpoint.keymap import module_shapes
 from library.checkpoint.reader import build_on_meta
 from library.checkpoint.sdxl_keys import CLIP_G_PREFIX, CLIP_L_PREFIX, UNET, UNET_PREFIX
 from library.checkpoint.source import Source
+from library.config.dialect import INERT
 from library.config.parse import parse
 from library.config.save_formats import SUFFIXES
 from library.optim import table
@@ -55,9 +56,10 @@ def test_every_flag_is_one():
     assert set(re.findall(r"`--([a-z])`", section("Previews"))) == {"w", "h", "s", "d", "l", "n"}
 
 
-def test_flags_that_change_nothing_are_said_to(tmp_path):
+def test_flags_that_change_nothing_name_what_happens_anyway(unet):
     for name in ("xformers", "sdpa", "mem_eff_attn"):
-        assert f"--{name}" in section("Precision") and ENTRY.dialect()[name].status == "inert"
+        assert f"--{name}" in section("Precision") and ENTRY.dialect()[name].status == INERT
+    assert {type(processor).__name__ for processor in unet.attn_processors.values()} == {"AttnProcessor2_0"}  # calls sdpa
 
 
 @pytest.mark.parametrize("page", ["docs/sdxl.md", "README.md"])
