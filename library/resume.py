@@ -68,15 +68,15 @@ def require_same(saved: StateFacts, now: StateFacts, config: Config, place: str,
     """
     if saved.model != now.model:
         raise UserError("this state is of another model, another kind of training, or other frozen parts", place=place,
-                        remedy="resume with the model it was saved with; to train on from its weights, give a checkpoint as the model")
+                        remedy="resume with the model it was saved with; to train on from its weights, start from a checkpoint")
     changes = compare(saved.config, config) + _run_changes(saved, now)
     fixed = [change for change in changes if change.fixed]
     if fixed:
         raise UserErrors([UserError(str(change), place=place, remedy="set it back; no state can go on with another value")
                           for change in fixed])
     if changes and not anyway:
-        raise UserErrors([UserError(str(change), place=place, remedy="set it back, or add --resume_anyway to go on with what it is "
-                                    "now") for change in changes])
+        raise UserErrors([UserError(str(change), place=place, remedy="set it back, or add --resume_anyway to go on with what it "
+                                    "is now") for change in changes])
     if now.step > now.total_steps:
         raise UserError(f"this state is of step {now.step}, and the run has {now.total_steps}", place=place,
                         remedy="raise --max_train_steps or --max_train_epochs")
@@ -114,7 +114,7 @@ def _words_follow_length(facts: StateFacts) -> bool:
 
 
 def data_settings(specs: Sequence[Any]) -> dict[str, str]:
-    """The resolved settings of a dataset file by name, without places: ``DatasetSpec`` records -> ``StateFacts.data_settings``."""
+    """The resolved settings of a dataset file by name, without places (``DatasetSpec`` -> ``StateFacts.data_settings``)."""
     flat: dict[str, str] = {}
     for number, spec in enumerate(specs, 1):
         for name, value in _fields(spec):

@@ -24,7 +24,8 @@ def found_states(folder: Path, output_name: str) -> list[Path]:
         return []
     named = [path for path in folder.iterdir() if ours.fullmatch(path.name) and path.is_dir()]
     aside = [path for path in folder.glob(f".*{SUFFIX}.*.previous/*{SUFFIX}") if ours.fullmatch(path.name)]
-    return sorted((path for path in (*named, *aside) if is_state(path)), key=lambda path: (_serial(path), path.name), reverse=True)
+    states = [path for path in (*named, *aside) if is_state(path)]
+    return sorted(states, key=lambda path: (_serial(path), path.name), reverse=True)
 
 
 def next_serial(folder: Path, output_name: str) -> int:
@@ -50,8 +51,8 @@ def find_state(folder: Path, output_name: str, wanted: str | Path) -> SavedState
         path = Path(wanted)
         inside = [] if is_state(path) or not path.is_dir() else sorted(each.name for each in path.iterdir() if is_state(each))
         if inside:
-            raise UserError(f"is a folder of states, and one of them is wanted ({', '.join(inside[:3])})", place=f"--resume {path}",
-                            remedy=f"add its name, or give {LATEST}")
+            raise UserError(f"is a folder of states, and one of them is wanted ({', '.join(inside[:3])})",
+                            place=f"--resume {path}", remedy=f"add its name, or give {LATEST}")
         return open_state(path)
     states = found_states(Path(folder), output_name)
     for path in states:

@@ -61,8 +61,8 @@ def _pack_tensor(value: torch.Tensor, key: str, tensors: dict[str, torch.Tensor]
 
 
 def _cannot(place: str, key: str, kind: type) -> UserError:
-    return UserError(f"{key or 'a value'} is a {kind.__module__}.{kind.__qualname__}, which a saved state cannot hold", place=place,
-                     remedy="use another optimizer or schedule, or train without saving states")
+    return UserError(f"{key or 'a value'} is a {kind.__module__}.{kind.__qualname__}, which a saved state cannot hold",
+                     place=place, remedy="use another optimizer or schedule, or train without saving states")
 
 
 def unpack(packed: Any, read: Read) -> Any:

@@ -47,8 +47,8 @@ class StateFacts:
     """What a state says of the run that wrote it, besides tensors.
 
     ``step`` optimizer steps are done, of which the last was one of ``epoch`` (from 1). The place in the data follows from
-    ``step``, ``stride`` (batches of a step over all ranks, ``StepPlan.stride``) and ``steps_per_epoch``. ``model`` and ``data`` are
-    texts that are equal for equal models (architecture, method, frozen weights) and equal data (``Items.digest()``).
+    ``step``, ``stride`` (batches of a step over all ranks, ``StepPlan.stride``) and ``steps_per_epoch``. ``model`` and
+    ``data`` are texts that are equal for equal models (architecture, method, frozen weights) and data (``Items.digest()``).
     ``config``: the settings as ``parse.to_toml`` gives them; ``data_settings``: those of the dataset file, by name.
     ``serial`` grows with every state written into a folder, so that the newest is known without trusting clocks.
     """
@@ -73,9 +73,10 @@ def save(path: Path, facts: StateFacts, weights: Mapping[str, torch.Tensor], par
     """Write the folder ``path``, which takes the place of an older state of that name; returns its bytes.
 
     ``weights`` is asked for each tensor twice: for its form, and when its turn to be written comes. ``parts``: name -> a
-    dictionary of nested values with tensors in them, such as ``optimizer`` -> ``updater.state_dict()``; those that are None are left out. Tensors may lie on
-    any device. UserError: too little room (told before anything is written), a weight or a state that is NaN or infinite, a
-    value that cannot be kept, no right to write, something else in the way. What stood there before is then untouched.
+    dictionary of nested values with tensors in them, such as ``optimizer`` -> ``updater.state_dict()``; those that are None
+    are left out. Tensors may lie on any device. UserError: too little room (told before anything is written), a tensor that is
+    NaN or infinite, a value that cannot be kept, no right to write, something else in the way. What stood there before is then
+    untouched.
     """
     path = Path(path)
     if path.exists() and not is_state(path):
@@ -166,8 +167,8 @@ class SavedState:
         stray = sorted(source.tensors.keys() ^ into.keys())
         if stray:
             side = "only in the state" if stray[0] in source else "not in the state"
-            raise UserError(f"this state is of another model: {len(stray)} names of weights stand on one side only; {stray[0]!r} is "
-                            f"{side}", place=str(self.path), remedy="resume with the model and settings it was saved with")
+            raise UserError(f"this state is of another model: {len(stray)} names of weights stand on one side only; {stray[0]!r} "
+                            f"is {side}", place=str(self.path), remedy="resume with the model and settings it was saved with")
         for name, tensor in into.items():
             info, wanted = source.tensors[name], (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
             if (info.dtype, info.shape) != wanted:

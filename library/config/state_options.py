@@ -25,8 +25,8 @@ class StateOptions:
                                                 minimum=0, off="0")
     save_last_n_epochs_state: int | None = flag(None, "of the states of epochs keep the last N", minimum=0, off="0",
                                                 default_text="--save_last_n_epochs")
-    save_last_n_steps_state: int | None = flag(None, "of the states of steps keep those not older than N steps", minimum=0, off="0",
-                                               default_text="--save_last_n_steps")
+    save_last_n_steps_state: int | None = flag(None, "of the states of steps keep those not older than N steps", minimum=0,
+                                               off="0", default_text="--save_last_n_steps")
     resume: str | None = flag(None, "go on from this state; latest: from the newest whole one of --output_name, or from the "
                               "beginning while there is none", metavar="DIR|latest", saved=False)
     resume_anyway: bool = flag(False, "go on although settings differ that change the run (they are listed without this flag)",
@@ -40,11 +40,13 @@ class StateOptions:
     def problems(self, config: Config) -> Iterator[Problem]:
         """Settings that would do nothing."""
         if self.resume_anyway and not self.resume:
-            yield conflict(config, "resume_anyway resume", "has no effect without --resume", "add --resume latest, or leave it out")
+            yield conflict(config, "resume_anyway resume", "has no effect without --resume",
+                           "add --resume latest, or leave it out")
         if self.save_last_n_steps_state and not self.save_state_every_n_steps and not (
                 self.save_state and config.saving.save_every_n_steps):
-            yield conflict(config, "save_last_n_steps_state save_state_every_n_steps", "has no effect: no states are written between "
-                           "epochs", "add --save_state_every_n_steps, or --save_state and --save_every_n_steps, or leave it out")
+            yield conflict(config, "save_last_n_steps_state save_state_every_n_steps",
+                           "has no effect: no states are written between epochs", "add --save_state_every_n_steps, or "
+                           "--save_state and --save_every_n_steps, or leave it out")
         epochs = config.saving.save_every_n_epochs or config.saving.save_n_epoch_ratio
         if self.save_last_n_epochs_state and not (self.save_state and epochs):
             yield conflict(config, "save_last_n_epochs_state save_state", "has no effect: no states are written after epochs",
@@ -63,4 +65,5 @@ class EmaOptions:
     def problems(self, config: Config) -> Iterator[Problem]:
         """A place for an average that is not made."""
         if "ema_device" in config.changed() and not self.ema_decay:
-            yield conflict(config, "ema_device ema_decay", "has no effect without --ema_decay", "add --ema_decay 0.999, or leave it out")
+            yield conflict(config, "ema_device ema_decay", "has no effect without --ema_decay",
+                           "add --ema_decay 0.999, or leave it out")
