@@ -16,8 +16,8 @@ LATER = 3  # of the latest measurements have to be that much higher
 
 
 def charts(rows: Rows) -> list[dict[str, Any]]:
-    """What the page's script draws: charts of series, each with points ``x`` (steps) and ``y``, and ``lo`` and ``hi`` where a point
-    is the mean of several steps. ``role``: raw (smoothed by the script), line, or marks."""
+    """What the page's script draws: charts of series, each with points ``x`` (steps) and ``y``, and ``lo`` and ``hi`` where a
+    point is the mean of several steps. ``role``: raw (smoothed by the script), line, or marks."""
     held_out = [_series(rows, name, _held_out_title(name), "marks") for name in rows.names if name.startswith("validation_loss")]
     rates = [name for name in rows.names if name.startswith("lr/")] or ["learning_rate"]
     found = [
@@ -124,12 +124,13 @@ def _recent(values: numpy.ndarray) -> float | None:
 def facts_of(standing: Standing, total_steps: int) -> Mapping[str, str]:
     """Tiles: name -> value."""
     left = None if standing.seconds_per_step is None else (total_steps - standing.step) * standing.seconds_per_step
+    lowest = f"lowest held-out loss (step {standing.best_step:,})" if standing.best_step is not None else ""
     told = {
         f"of {total_steps:,} steps": f"{standing.step:,}",
         "epoch": f"{standing.epoch:,}" if standing.epoch else None,
         "showings of pictures": f"{standing.samples:,}" if standing.samples else None,
         "loss, mean of the last steps": _number(standing.loss),
-        f"lowest held-out loss (step {standing.best_step:,})" if standing.best_step is not None else "": _number(standing.best_loss),
+        lowest: _number(standing.best_loss),
         "images a second": _number(standing.images_per_second, 3),
         "seconds a step": _number(standing.seconds_per_step, 3),
         "GiB of memory at most": _number(None if standing.peak_bytes is None else standing.peak_bytes / 2**30, 3),

@@ -24,8 +24,8 @@ TRAINING, FINISHED, STOPPED, BROKEN = "training", "finished", "stopped", "broke 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is on the page. ``status``: one of the words above; ``note``: a sentence about it. ``settings``: (section, flag, value,
-    changed from its default); ``data``: the HTML of the data's contact sheet, or ""."""
+    """What is on the page. ``status``: one of the words above; ``note``: a sentence about it. ``settings``: (section, flag,
+    value, changed from its default); ``data``: the HTML of the data's contact sheet, or ""."""
 
     name: str
     program: str
@@ -55,7 +55,8 @@ def render(facts: Facts) -> str:
     return "\n".join([
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">', f"<title>{escape(facts.name)}: training report</title>",
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        f"<title>{escape(facts.name)}: training report</title>",
         f"<style>{STYLE}</style>\n</head>\n<body>", *parts,
         f'<script type="application/json" id="numbers">{_data(facts.charts)}</script>',
         f"<script>{SCRIPT}</script>", "</body>\n</html>\n"])
@@ -72,8 +73,8 @@ def _head(facts: Facts) -> str:
     tiles = "".join(f'<div class="tile"><b>{escape(value)}</b><span class="soft small">{escape(name)}</span></div>'
                     for name, value in facts_of(at, facts.total_steps).items())
     again = "; open it again for newer numbers" if facts.status == TRAINING else ""
-    lines = [f'<header><h1>{escape(facts.name)}</h1><p class="soft small"><span class="state{kind}">{escape(facts.status)}</span> · '
-             f"{escape(facts.program)} · written {escape(facts.written)}{again}</p></header>",
+    lines = [f'<header><h1>{escape(facts.name)}</h1><p class="soft small"><span class="state{kind}">{escape(facts.status)}</span>'
+             f" · {escape(facts.program)} · written {escape(facts.written)}{again}</p></header>",
              f'<div class="course"><div style="width:{share:.2%}"></div></div>', f'<div class="tiles">{tiles}</div>']
     if facts.note:
         lines.append(_finding("warning" if facts.status in (STOPPED, BROKEN) else "note", facts.note))
@@ -94,12 +95,14 @@ def _curves(facts: Facts) -> Iterable[str]:
         return
     yield ('<noscript><p class="soft">The curves are drawn by a script, which this viewer does not run; the numbers are in '
            f"{escape(facts.name)}_log.csv.</p></noscript>")
-    yield ('<div class="knobs" id="knobs" hidden><label>smoothing <input type="range" id="smoothing" min="0" max="20" step="1" value="6">'
-           '</label><label><input type="checkbox" id="logarithmic"> logarithmic</label></div>')
+    yield ('<div class="knobs" id="knobs" hidden><label>smoothing '
+           '<input type="range" id="smoothing" min="0" max="20" step="1" value="6"></label>'
+           '<label><input type="checkbox" id="logarithmic"> logarithmic</label></div>')
     yield '<div class="charts">'
     for chart in facts.charts:
         series, unit = chart["series"], f' <span class="soft small">{escape(chart["unit"])}</span>' if chart["unit"] else ""
-        keys = "".join(f'<span><i style="color:var(--s{at % 6})"></i>{escape(_key(each))}</span>' for at, each in enumerate(series))
+        keys = "".join(f'<span><i style="color:var(--s{at % 6})"></i>{escape(_key(each))}</span>'
+                       for at, each in enumerate(series))
         yield (f'<figure class="chart{" wide" if chart["wide"] else ""}" id="chart-{chart["key"]}"><figcaption><b>'
                f'{escape(chart["title"])}</b>{unit}<span class="keys">{keys if len(series) > 1 or chart["wide"] else ""}</span>'
                '<span class="readout"></span></figcaption></figure>')
@@ -117,12 +120,15 @@ def _previews(shown: Shown) -> Iterable[str]:
     if shown.left_out:
         left_out.append(f"{shown.left_out} steps between are left out to keep this file small")
     if shown.prompts_left_out:
-        left_out.append(f"so are {shown.prompts_left_out} prompts" if left_out else f"{shown.prompts_left_out} prompts are left out")
+        count = shown.prompts_left_out
+        left_out.append(f"so are {count} prompts" if left_out else f"{count} prompts are left out")
     if left_out:
-        yield f'<p class="soft small">{escape(", ".join(left_out).capitalize())}; the folder sample has all of them in full size.</p>'
-    yield ('<div class="slide" id="slide" hidden><output id="slide-step" for="slider"></output><button id="earlier" type="button" '
-           'aria-label="earlier step">‹</button><input type="range" id="slider" min="0" step="1" aria-label="step"><button id="later" '
-           'type="button" aria-label="later step">›</button></div>')
+        yield (f'<p class="soft small">{escape(", ".join(left_out).capitalize())}; the folder sample has all of them in full '
+               "size.</p>")
+    yield ('<div class="slide" id="slide" hidden><output id="slide-step" for="slider"></output>'
+           '<button id="earlier" type="button" aria-label="earlier step">‹</button>'
+           '<input type="range" id="slider" min="0" step="1" aria-label="step">'
+           '<button id="later" type="button" aria-label="later step">›</button></div>')
     yield '<div class="strips">'
     for strip, pictures in shown.strips:
         images = "".join(f'<img src="{url}" data-step="{step}" alt="step {step}"{_ON if step == pictures[-1][0] else ""}>'
@@ -132,8 +138,8 @@ def _previews(shown: Shown) -> Iterable[str]:
                  (("size", ""), ("seed", "seed"), ("sample_steps", "steps"), ("scale", "scale")) if words.get(key)]
         negative = f'<p class="soft small">not: {escape(words["negative_prompt"])}</p>' if words.get("negative_prompt") else ""
         yield (f'<figure class="strip"><div class="stack">{images}</div><figcaption><p class="prompt">'
-               f'{escape(words.get("prompt") or "(empty prompt)")}</p>{negative}<p class="soft small">{escape(", ".join(small))}</p>'
-               "</figcaption></figure>")
+               f'{escape(words.get("prompt") or "(empty prompt)")}</p>{negative}<p class="soft small">{escape(", ".join(small))}'
+               "</p></figcaption></figure>")
     yield "</div>"
 
 
@@ -144,7 +150,8 @@ def _settings(facts: Facts) -> Iterable[str]:
     if not facts.settings:
         return
     changed = [each for each in facts.settings if each[3]]
-    yield f'<p class="soft">What was set, and all values below; {escape(facts.name)}_config.toml holds them for --config_file.</p>'
+    yield (f'<p class="soft">What was set, and all values below; {escape(facts.name)}_config.toml holds them for '
+           "--config_file.</p>")
     yield _table(changed)
     yield f"<details><summary>all {len(facts.settings)} settings</summary>{_table(facts.settings)}</details>"
 

@@ -12,6 +12,7 @@ from library.checkpoint.state_find import found_states
 from library.config.save_formats import SUFFIXES, is_pipeline, size_of
 
 FILES = 12  # listed, the newest first
+AVERAGED = "-ema"  # after the output name, in the names of averaged weights
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,9 @@ class Result:
 
 
 def find_results(folder: Path, name: str) -> list[Result]:
-    """Checkpoints and states of the run of this name (averages of weights, under names that begin with it, included), newest
-    first."""
+    """Checkpoints, averaged ones included, and states of the run of this name, newest first."""
     endings = "|".join(re.escape(suffix) for suffix in set(SUFFIXES.values()))
-    pattern = re.compile(rf"{re.escape(name)}(?P<more>[-_]ema)?(?:-step(?P<step>\d{{8,}})|-(?P<epoch>\d{{6,}}))?(?P<more2>[-_]ema)?"
+    pattern = re.compile(rf"{re.escape(name)}(?P<average>{AVERAGED})?(?:-step(?P<step>\d{{8,}})|-(?P<epoch>\d{{6,}}))?"
                          rf"(?P<ending>{endings})")
     states, found = {path.name for path in found_states(folder, name) if path.parent == folder}, []
     try:
@@ -43,9 +43,10 @@ def find_results(folder: Path, name: str) -> list[Result]:
         if match is None or not (state or (is_pipeline(path) if path.is_dir() else bool(match["ending"]))):
             continue
         try:
-            what = f"step {int(match['step']):,}" if match["step"] else f"epoch {int(match['epoch'])}" if match["epoch"] else "the end"
-            found.append(Result(path.name, state, path.is_dir(), what + (", averaged" if match["more"] or match["more2"] else ""),
-                                size_of(path), path.stat().st_mtime))
+            epoch = f"epoch {int(match['epoch'])}" if match["epoch"] else "the end"
+            what = f"step {int(match['step']):,}" if match["step"] else epoch
+            what += ", averaged" if match["average"] else ""
+            found.append(Result(path.name, state, path.is_dir(), what, size_of(path), path.stat().st_mtime))
         except OSError:
             continue  # removed in this moment
     return sorted(found, key=lambda result: (-result.when, result.name))
@@ -58,13 +59,13 @@ def next_steps(name: str, program: str, finished: bool, results: Sequence[Result
     if models:
         newest = models[0]
         kind = ("is a diffusers folder: give its path to <code>from_pretrained</code>" if newest.is_folder else
-                "has the layout of the file that training began with: put it where that one lies (the folder for models of ComfyUI, "
-                "Forge or SwarmUI), and choose it there in its place")
-        yield (f'<li><b>Look at what it learned.</b> <span class="name">{escape(newest.name)}</span> ({escape(newest.what)}) {kind}.'
-               f"{_files(models)}</li>")
+                "has the layout of the file that training began with: put it where that one lies (the folder for models of "
+                "ComfyUI, Forge or SwarmUI), and choose it there in its place")
+        yield (f'<li><b>Look at what it learned.</b> <span class="name">{escape(newest.name)}</span> ({escape(newest.what)}) '
+               f"{kind}.{_files(models)}</li>")
     else:
-        yield ("<li><b>No model has been saved yet.</b> It is written at the end; --save_every_n_steps and --save_every_n_epochs write "
-               "some on the way.</li>")
+        yield ("<li><b>No model has been saved yet.</b> It is written at the end; --save_every_n_steps and --save_every_n_epochs "
+               "write some on the way.</li>")
     command = f'accelerate launch {escape(program)} --config_file "<span class="here">{escape(name)}_config.toml</span>"'
     if states:
         longer = " --max_train_steps N" if finished else ""
@@ -74,14 +75,15 @@ def next_steps(name: str, program: str, finished: bool, results: Sequence[Result
     else:
         yield ("<li><b>No state to resume from.</b> A run that is stopped with Ctrl-C leaves one; --save_state or "
                "--save_state_every_n_steps write some on the way.</li>")
-    yield f"<li><b>Do it again, or with one thing changed.</b> Flags on the command line win over the file:<pre>{command}</pre></li></ul>"
+    yield ("<li><b>Do it again, or with one thing changed.</b> Flags on the command line win over the file:"
+           f"<pre>{command}</pre></li></ul>")
 
 
 def _files(results: Sequence[Result]) -> str:
     if len(results) < 2:
         return ""
-    rows = "".join(f"<tr><td>{escape(each.name)}</td><td>{escape(each.what)}</td><td class=\"number\">{bytes_text(each.size)}</td></tr>"
-                   for each in results[:FILES])
+    rows = "".join(f'<tr><td>{escape(each.name)}</td><td>{escape(each.what)}</td><td class="number">{bytes_text(each.size)}</td>'
+                   "</tr>" for each in results[:FILES])
     more = f"<p class=\"soft small\">and {len(results) - FILES} older ones</p>" if len(results) > FILES else ""
     return f'<details><summary>all {len(results)}</summary><table class="files"><tbody>{rows}</tbody></table>{more}</details>'
 

@@ -1,8 +1,8 @@
 """The report of a run: a page in the output folder that is written again while training goes on.
 
-Everything on it is read from what the run puts on disk anyway (``{name}_log.csv``, the folder ``sample``, checkpoints and states), so
-that a resumed run goes on with the curves. Writing happens in a thread of its own, at most every ``every_seconds`` and
-never more than a twentieth of the time.
+Everything on it is read from what the run puts on disk anyway (``{name}_log.csv``, the folder ``sample``, checkpoints and
+states), so that a resumed run goes on with the curves. Writing happens in a thread of its own, at most every
+``every_seconds`` and never more than a twentieth of the time.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ SHEET_PICTURES = 12
 class Report:
     """``{name}_report.html`` in ``folder``. On the first rank only.
 
-    ``program``: the script, for commands; ``settings``: the resolved configuration as TOML (``parse.to_toml``), of which ``changed``
-    flags are not at their defaults; ``data``: makes the HTML of the data's contact sheet (see ``data_sheet``), called once, in
-    the writing thread. What goes wrong is told once in the log and never stops the training.
+    ``program``: the script, for commands; ``settings``: the resolved configuration as TOML (``parse.to_toml``), of which
+    ``changed`` flags are not at their defaults; ``data``: makes the HTML of the data's contact sheet (see ``data_sheet``),
+    called once, in the writing thread. What goes wrong is told once in the log and never stops the training.
     """
 
     def __init__(self, folder: Path, name: str, *, total_steps: int, program: str, settings: str, changed: Collection[str] = (),

@@ -17,8 +17,8 @@ _TEXTLESS = math.nan  # an empty or unreadable cell
 
 
 class Rows:
-    """The columns of ``{name}_log.csv``. ``read`` takes in what was appended since the last time; a file that was begun anew (a new
-    header, or shorter than before) is read from its start."""
+    """The columns of ``{name}_log.csv``. ``read`` takes in what was appended since the last time; a file that was begun anew (a
+    new header, or shorter than before) is read from its start."""
 
     def __init__(self, path: Path):
         self.path = path

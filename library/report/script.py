@@ -6,6 +6,7 @@ The page allows this script alone, by its hash: nothing that stands in a caption
 SCRIPT = r"""
 'use strict';
 const NS = 'http://www.w3.org/2000/svg', charts = JSON.parse(document.getElementById('numbers').textContent);
+const count = number => number.toLocaleString('en');
 const color = at => `var(--s${at % 6})`;
 let smoothing = 6, logarithmic = false, cursor = null;
 
@@ -27,7 +28,10 @@ function smooth(values, reach) {
   });
 }
 
-function reach(series) { return smoothing ? Math.max(Math.min(4, series.x.length >> 4), Math.round(series.x.length * smoothing / 200)) : 0; }
+function reach(series) {
+  const points = series.x.length;
+  return smoothing ? Math.max(Math.min(4, points >> 4), Math.round(points * smoothing / 200)) : 0;
+}
 function lineOf(series) { return series.role === 'raw' ? smooth(series.y, reach(series)) : series.y; }
 
 function shown(value) {
@@ -52,8 +56,8 @@ function limits(chart) {
   return [chart.zero && low === 0 || low >= 0 && low - margin < 0 ? 0 : low - margin, high + margin, false];
 }
 
-function ticks(low, high, count) {
-  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
+function ticks(low, high, wanted) {
+  const rough = (high - low) / wanted, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map(factor => factor * power).find(one => one >= rough), found = [];
   for (let at = Math.ceil(low / step); at * step <= high + step * 1e-9; at++) found.push(+(at * step).toPrecision(12));
   return found;
@@ -86,7 +90,7 @@ function draw(chart) {
     element('text', {x: left - 7, y: y(value) + 4, 'text-anchor': 'end'}, svg, shown(value));
   }
   for (const step of ticks(first, last, Math.max(2, Math.min(10, inner / 80))).filter(Number.isInteger))
-    element('text', {x: x(step), y: height - 4, 'text-anchor': x(step) > width - 24 ? 'end' : 'middle'}, svg, step.toLocaleString('en'));
+    element('text', {x: x(step), y: height - 4, 'text-anchor': x(step) > width - 24 ? 'end' : 'middle'}, svg, count(step));
   const clip = element('clipPath', {id: 'clip-' + chart.key}, svg);
   element('rect', {x: left, y: top - 2, width: inner, height: height - top - bottom + 4}, clip);
   const plot = element('g', {'clip-path': `url(#clip-${chart.key})`, fill: 'none'}, svg);
@@ -98,7 +102,8 @@ function draw(chart) {
         [...series.hi, ...series.lo.slice().reverse()]) + 'Z'}, plot);
       else if (series.x.length > 150)
         element('path', {d: path(series.x, series.y), stroke, 'stroke-width': 0.8, 'stroke-opacity': 0.38}, plot);
-      else series.x.forEach((step, i) => element('circle', {cx: x(step), cy: y(series.y[i]), r: 1.8, fill: stroke, 'fill-opacity': 0.4}, plot));
+      else series.x.forEach((step, i) => element('circle', {cx: x(step), cy: y(series.y[i]), r: 1.8, fill: stroke,
+        'fill-opacity': 0.4}, plot));
     }
     element('path', {d: path(series.x, lineOf(series)), stroke, 'stroke-width': series.role === 'marks' ? 1.6 : 2,
       'stroke-linejoin': 'round'}, plot);
@@ -129,9 +134,10 @@ function read(chart) {
   line.setAttribute('x1', chart.at(step)); line.setAttribute('x2', chart.at(step));
   const told = chart.series.map((series, at) => {
     const i = nearest(series.x, step), value = lineOf(series)[i];
-    return [shown(value) + (chart.series.length > 1 && series.role === 'marks' ? ` (step ${series.x[i].toLocaleString('en')})` : ''), color(at)];
+    const rare = chart.series.length > 1 && series.role === 'marks';
+    return [shown(value) + (rare ? ` (step ${count(series.x[i])})` : ''), color(at)];
   });
-  out.replaceChildren(`step ${step.toLocaleString('en')}  `, ...told.map(([text, ink]) => {
+  out.replaceChildren(`step ${count(step)}  `, ...told.map(([text, ink]) => {
     const part = document.createElement('span');
     part.style.color = ink; part.textContent = `${text}${chart.unit ? ' ' + chart.unit : ''}  `;
     return part;
@@ -153,11 +159,12 @@ if (charts.length) {
 
 const stacks = [...document.querySelectorAll('.stack')], slider = document.getElementById('slider');
 if (slider) {
-  const steps = [...new Set([...document.querySelectorAll('.stack img')].map(image => +image.dataset.step))].sort((a, b) => a - b);
+  const found = [...document.querySelectorAll('.stack img')].map(image => +image.dataset.step);
+  const steps = [...new Set(found)].sort((a, b) => a - b);
   const name = document.getElementById('slide-step');
   const show = at => {
     const step = steps[at];
-    name.textContent = step === 0 ? 'untrained' : 'step ' + step.toLocaleString('en');
+    name.textContent = step === 0 ? 'untrained' : 'step ' + count(step);
     for (const stack of stacks) {
       const images = [...stack.children], on = images.filter(image => +image.dataset.step <= step).pop() || images[0];
       for (const image of images) image.classList.toggle('on', image === on);
@@ -165,7 +172,7 @@ if (slider) {
   };
   slider.max = steps.length - 1; slider.value = steps.length - 1;
   slider.addEventListener('input', () => show(+slider.value));
-  const by = count => { slider.value = +slider.value + count; show(+slider.value); };
+  const by = steps => { slider.value = +slider.value + steps; show(+slider.value); };
   document.getElementById('earlier').addEventListener('click', () => by(-1));
   document.getElementById('later').addEventListener('click', () => by(1));
   document.getElementById('slide').hidden = steps.length < 2;
