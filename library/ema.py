@@ -31,13 +31,13 @@ def decay_at(decay: float, updates: int) -> float:
 
 
 class Ema:
-    """The average of ``weights`` (name -> tensor, bfloat16 or float32), on ``device``, or each beside its weight where that is None.
+    """The average of ``weights`` (name -> tensor, bfloat16 or float32), on ``device``, or beside each weight where that is None.
 
     The tensors of ``weights`` are looked at after every step, so they have to stay the same objects. When the average is on
     another device it follows behind: ``update`` returns at once, and a thread copies and averages while the next step's forward
-    and backward passes run. ``wait`` has to be called before the weights change again; then the average is exactly what it would
-    be without the delay. ``lagged`` overrides that choice; it must be False where the weights are moved about during a step, as
-    streamed blocks are.
+    and backward passes run. ``wait`` has to be called before the weights change again; then the average is exactly what it
+    would be without the delay. ``lagged`` overrides that choice; it must be False where the weights are moved about during a
+    step, as streamed blocks are.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float, device: torch.device | None = None,
@@ -122,8 +122,8 @@ class Ema:
         stray = sorted({_WEIGHT + name for name in self.average} ^ (state.keys() - {"updates"}))
         if stray:
             name = stray[0].removeprefix(_WEIGHT)
-            raise UserError(f"the saved average is of other weights ({len(stray)} names stand on one side only, such as {name!r})",
-                            remedy="resume with the model and the settings it was saved with")
+            raise UserError(f"the saved average is of other weights ({len(stray)} names stand on one side only, such as "
+                            f"{name!r})", remedy="resume with the model and the settings it was saved with")
         for name, tensor in self.average.items():
             tensor.copy_(state[_WEIGHT + name])
         self.updates = int(state["updates"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +15,19 @@ RISE = 0.02  # of the loss on held-out pictures over its lowest value, from wher
 LATER = 3  # of the latest measurements have to be that much higher
 
 
-def charts(rows: Rows) -> list[dict[str, Any]]:
+def charts(rows: Rows, planned: Mapping[str, tuple[Sequence[int], Sequence[float]]] | None = None) -> list[dict[str, Any]]:
     """What the page's script draws: charts of series, each with points ``x`` (steps) and ``y``, and ``lo`` and ``hi`` where a
-    point is the mean of several steps. ``role``: raw (smoothed by the script), line, or marks."""
+    point is the mean of several steps. ``role``: raw (smoothed by the script), line, marks, or
+    plan. ``planned``: the whole course of learning rates, name of the group -> (steps, rates).
+    """
     held_out = [_series(rows, name, _held_out_title(name), "marks") for name in rows.names if name.startswith("validation_loss")]
     rates = [name for name in rows.names if name.startswith("lr/")] or ["learning_rate"]
+    ahead = [{"title": f"{name.replace('_', ' ')}, planned", "role": "plan", "x": list(steps), "y": _short(numpy.array(values))}
+             for name, (steps, values) in (planned or {}).items()]
     found = [
         _chart("loss", "Loss", "", [_series(rows, "loss", "each step", "raw"), *held_out], wide=True, fitted=True),
         _chart("rate", "Learning rate", "", [_series(rows, name, name.removeprefix("lr/").replace("_", " "), "line")
-                                             for name in rates]),
+                                             for name in rates], ahead=ahead),
         _chart("norm", "Gradient norm before clipping", "", [_series(rows, "grad_norm", "each step", "raw")], fitted=True),
         _chart("speed", "Speed", "images/s", [_series(rows, "images_per_second", "images/s", "raw")], fitted=True, zero=True),
         _chart("wait", "Time spent waiting for pictures", "%", [_series(rows, "data_wait", "share of a step", "raw", 100)],
@@ -31,7 +35,7 @@ def charts(rows: Rows) -> list[dict[str, Any]]:
         _chart("mfu", "Use of the card's arithmetic", "%", [_series(rows, "mfu", "of its peak", "raw", 100)], zero=True),
         _chart("memory", "Most memory in use", "GiB", [_series(rows, "peak_bytes", "peak", "line", 2**-30)], zero=True),
     ]
-    return [chart for chart in found if chart["series"]]
+    return [chart for chart in found if chart["series"] or chart["ahead"]]
 
 
 def _held_out_title(name: str) -> str:
@@ -40,10 +44,11 @@ def _held_out_title(name: str) -> str:
 
 
 def _chart(key: str, title: str, unit: str, series: list[dict[str, Any] | None], *, wide: bool = False, fitted: bool = False,
-           zero: bool = False) -> dict[str, Any]:
-    """``fitted``: the axis is fitted to the bulk of the points, outliers are cut off; ``zero``: it begins at 0."""
+           zero: bool = False, ahead: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """``fitted``: the axis is fitted to the bulk of the points, outliers are cut off; ``zero``: it begins at 0. ``ahead``: series
+    that go on to where the run will end, drawn under those of the same place in the list."""
     return {"key": key, "title": title, "unit": unit, "series": [each for each in series if each], "wide": wide,
-            "fitted": fitted, "zero": zero}
+            "fitted": fitted, "zero": zero, "ahead": list(ahead)}
 
 
 def _series(rows: Rows, column: str, title: str, role: str, scale: float = 1.0) -> dict[str, Any] | None:

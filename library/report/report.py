@@ -11,7 +11,7 @@ import re
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from library.config.values import toml_text
 from library.data import page_cards
 from library.data.page_sheet import make_cards
 from library.log import log
-from library.report.curves import charts, standing
+from library.report.curves import POINTS, charts, standing
 from library.report.html import BROKEN, FINISHED, STOPPED, TRAINING, Facts, render
 from library.report.next_steps import find_results
 from library.report.pictures import Album
@@ -43,16 +43,19 @@ class Report:
 
     ``program``: the script, for commands; ``settings``: the resolved configuration as TOML (``parse.to_toml``), of which
     ``changed`` flags are not at their defaults; ``data``: makes the HTML of the data's contact sheet (see ``data_sheet``),
-    called once, in the writing thread. What goes wrong is told once in the log and never stops the training.
+    called once, in the writing thread; ``rates(step)``: the learning rate of each group in step number ``step`` (from 1), of
+    which the whole course is drawn. What goes wrong is told once in the log and never stops the training.
     """
 
     def __init__(self, folder: Path, name: str, *, total_steps: int, program: str, settings: str, changed: Collection[str] = (),
-                 data: Callable[[], str] | None = None, samples: str = "sample", every_seconds: float = EVERY_SECONDS,
+                 data: Callable[[], str] | None = None, rates: Callable[[int], Mapping[str, float]] | None = None,
+                 samples: str = "sample", every_seconds: float = EVERY_SECONDS,
                  clock: Callable[[], float] = time.monotonic):
         self.path = folder / f"{name}_report.html"
         self._folder, self._name, self._program, self._total = folder, name, program, total_steps
         self._settings = shown_settings(settings, changed)
         self._rows, self._album = Rows(folder / f"{name}_log.csv"), Album(folder / samples, name)
+        self._planned = planned_rates(rates, total_steps) if rates is not None else None
         self._make_data, self._data = data, ""
         self._every, self._clock = every_seconds, clock
         self._due, self._worker, self._complained = clock(), None, False
@@ -89,8 +92,9 @@ class Report:
             make, self._make_data = self._make_data, None
             self._data = make()
         page = render(Facts(
-            self._name, self._program, status, note, f"{datetime.now():%Y-%m-%d %H:%M}", self._total, at, charts(self._rows),
-            self._album.show(at.step), find_results(self._folder, self._name), self._settings, self._data))
+            self._name, self._program, status, note, f"{datetime.now():%Y-%m-%d %H:%M}", self._total, at,
+            charts(self._rows, self._planned), self._album.show(at.step), find_results(self._folder, self._name),
+            self._settings, self._data))
         write_atomic(self.path, page.encode("utf-8", "replace"))  # file names may hold bytes that are no text
 
 
@@ -99,6 +103,13 @@ def data_sheet(items: Items, course: Course, steps_per_epoch: int, variants: int
     cards, _ = make_cards(items, course, steps_per_epoch, None, SHEET_PICTURES)
     sheet = "\n".join(page_cards.sheet(cards, variants)) if cards else ""
     return re.sub(r'<h3 title="[^"]*">', "<h3>", sheet)  # where the pictures lie is nobody's business who is shown the report
+
+
+def planned_rates(rates: Callable[[int], Mapping[str, float]], total_steps: int) -> dict[str, tuple[list[int], list[float]]]:
+    """Name of the group -> (steps, rates) at up to ``POINTS`` steps of the whole run."""
+    steps = sorted({1 + round(index * (total_steps - 1) / (POINTS - 1)) for index in range(POINTS)})
+    told = [rates(step) for step in steps]
+    return {name: (steps, [values[name] for values in told]) for name in told[0]}
 
 
 def shown_settings(settings: str, changed: Collection[str]) -> list[tuple[str, str, str, bool]]:

@@ -42,7 +42,7 @@ function shown(value) {
 
 function limits(chart) {
   const all = [];
-  for (const series of chart.series) {
+  for (const series of [...chart.series, ...chart.ahead]) {
     const raw = series.role === 'raw' ? series.y.slice().sort((a, b) => a - b) : [];
     const cut = share => raw[Math.min(raw.length - 1, Math.max(0, Math.round(share * (raw.length - 1))))];
     if (series.role === 'raw' && chart.fitted && raw.length > 20) all.push(cut(0.01), cut(0.985));
@@ -71,8 +71,9 @@ function logTicks(low, high) {
   return found.length > 1 ? found : ticks(low, high, 4);
 }
 
-const first = Math.min(...charts.flatMap(chart => chart.series.map(series => series.x[0])));
-const last = Math.max(...charts.flatMap(chart => chart.series.map(series => series.x[series.x.length - 1])));
+const ends = list => Math.max(1, ...list.map(series => series.x[series.x.length - 1]));
+const first = Math.min(...charts.flatMap(chart => [...chart.series, ...chart.ahead].map(series => series.x[0])));
+const last = ends(charts.flatMap(chart => chart.series));
 
 function draw(chart) {
   const host = document.getElementById('chart-' + chart.key), width = Math.max(240, host.clientWidth - 24);
@@ -80,7 +81,7 @@ function draw(chart) {
   host.querySelector('svg')?.remove();
   const svg = element('svg', {viewBox: `0 0 ${width} ${height}`, height, role: 'img', 'aria-label': chart.title}, host);
   const [low, high, log] = limits(chart), inner = width - left - right;
-  const span = Math.max(1, last - first), pad = span * 0.004;
+  const end = Math.max(last, ends(chart.ahead)), span = Math.max(1, end - first), pad = span * 0.004;
   const x = step => left + (step - first + pad) / (span + 2 * pad) * inner;
   const scale = log ? Math.log : value => value;
   const y = value => top + (scale(high) - scale(Math.max(value, log ? 1e-30 : -Infinity))) / (scale(high) - scale(low))
@@ -89,12 +90,14 @@ function draw(chart) {
     element('line', {class: 'grid', x1: left, x2: width - right, y1: y(value), y2: y(value)}, svg);
     element('text', {x: left - 7, y: y(value) + 4, 'text-anchor': 'end'}, svg, shown(value));
   }
-  for (const step of ticks(first, last, Math.max(2, Math.min(10, inner / 80))).filter(Number.isInteger))
+  for (const step of ticks(first, end, Math.max(2, Math.min(10, inner / 80))).filter(Number.isInteger))
     element('text', {x: x(step), y: height - 4, 'text-anchor': x(step) > width - 24 ? 'end' : 'middle'}, svg, count(step));
   const clip = element('clipPath', {id: 'clip-' + chart.key}, svg);
   element('rect', {x: left, y: top - 2, width: inner, height: height - top - bottom + 4}, clip);
   const plot = element('g', {'clip-path': `url(#clip-${chart.key})`, fill: 'none'}, svg);
   const path = (xs, ys) => 'M' + xs.map((step, at) => `${x(step).toFixed(1)},${y(ys[at]).toFixed(1)}`).join('L');
+  chart.ahead.forEach((series, at) => element('path', {d: path(series.x, series.y), stroke: color(at), 'stroke-width': 1.4,
+    'stroke-opacity': 0.6, 'stroke-dasharray': '2 4'}, plot));
   chart.series.forEach((series, at) => {
     const stroke = color(at);
     if (series.role === 'raw') {

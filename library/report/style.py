@@ -49,7 +49,8 @@ input[type=checkbox] { accent-color: var(--s0); margin: 0; }
 .steps li { margin: 12px 0; } .steps { padding-left: 20px; margin: 0; }
   .steps pre { background: var(--card); border: 1px solid var(--line);
   border-radius: 6px; padding: 8px 10px; margin: 6px 0; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
-table.settings, table.files { min-width: 0; } table.settings td:first-child { white-space: nowrap; }
+table.settings, table.files { min-width: 0; }
+table.settings td:first-child { white-space: nowrap; width: 1%; padding-right: 28px; }
 table.settings td { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 12px; }
 h2 { border-top: 1px solid var(--line); padding-top: 16px; }
 @media (max-width: 560px) { .tiles { grid-template-columns: 1fr 1fr; } .chart .readout { margin-left: 0; width: 100%; }

@@ -85,6 +85,19 @@ def test_a_run_from_beginning_to_end(tmp_path):
     assert numbers(page)["loss"]["series"][1] == {"title": "held-out pictures", "role": "marks", "x": [20, 40], "y": [0.5, 0.5]}
 
 
+def test_the_whole_course_of_the_learning_rate(tmp_path):
+    report = make(tmp_path, total_steps=1000, rates=lambda step: {"denoiser": 1e-5 * (1 - step / 1000), "clip_l": 0.0})
+    report.write(TRAINING)
+    before = numbers(text_of(report))
+    write_log(tmp_path, 3)
+    report.write(TRAINING)
+    rate = numbers(text_of(report))["rate"]
+    assert before["rate"]["ahead"] == rate["ahead"] and not before["rate"]["series"]
+    assert [series["title"] for series in rate["ahead"]] == ["denoiser, planned", "clip l, planned"]
+    assert (rate["ahead"][0]["x"][0], rate["ahead"][0]["x"][-1], rate["ahead"][0]["y"][-1]) == (1, 1000, 0.0)
+    assert len(rate["series"]) == 2
+
+
 def test_a_resumed_run_goes_on_with_the_curves(tmp_path):
     write_log(tmp_path, 40)
     make(tmp_path).write(STOPPED)
