@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from library.checkpoint.train_state import StateFacts
 from library.config.parse import Config, to_toml
 from library.errors import UserError, UserErrors
@@ -107,6 +109,11 @@ def _run_changes(saved: StateFacts, now: StateFacts) -> list[Change]:
         changes.append(Change("the number of batches in a step", str(saved.stride), str(now.stride),
                               "processes times --gradient_accumulation_steps"))
     return changes
+
+
+def identity(*texts: str) -> str:
+    """One text for ``StateFacts.model``, from what must not differ: architecture, method, hashes of the frozen weights."""
+    return xxhash.xxh3_128_hexdigest("\0".join(texts).encode())
 
 
 def _words_follow_length(facts: StateFacts) -> bool:

@@ -91,19 +91,30 @@ def save(path: Path, facts: StateFacts, weights: Mapping[str, torch.Tensor], par
     entries = {name: [Entry(key, tuple(table[key].shape), _format(table[key], key)) for key in table]
                for name, table in tables.items()}
     require_room(path, sum(_about_bytes(listed) for listed in entries.values()) + sum(map(len, texts.values())))
-    files: dict[str, dict[str, Any]] = {}
     with atomic_folder(path) as folder:
-        for name, listed in entries.items():
-            checksum = xxhash.xxh3_128()
-            size = write_safetensors(folder / f"{name}.safetensors", listed, tables[name].__getitem__, checksum=checksum)
-            files[f"{name}.safetensors"] = {"bytes": size, "xxh3_128": checksum.hexdigest()}
-        for name, text in texts.items():
-            data = text.encode("utf-8")
-            write_atomic(folder / name, data)
-            files[name] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
-        write_atomic(folder / MANIFEST, _json(_signed({"format": FORMAT, "files": files})))
+        try:
+            size = _fill(folder, entries, tables, texts)
+        except UserError as error:  # it names the file under its passing name, which means nothing to anybody
+            message, place = (text.replace(str(folder), str(path)) for text in (error.message, error.place))
+            raise UserError(message, place=place, remedy=error.remedy) from error
     for left in leftovers(path):  # of a run that was killed while it replaced this very state
         shutil.rmtree(left.parent, ignore_errors=True)
+    return size
+
+
+def _fill(folder: Path, entries: Mapping[str, list[Entry]], tables: Mapping[str, Mapping[str, torch.Tensor]],
+          texts: Mapping[str, str]) -> int:
+    """Write the files, the manifest last; returns their bytes."""
+    files: dict[str, dict[str, Any]] = {}
+    for name, listed in entries.items():
+        checksum = xxhash.xxh3_128()
+        size = write_safetensors(folder / f"{name}.safetensors", listed, tables[name].__getitem__, checksum=checksum)
+        files[f"{name}.safetensors"] = {"bytes": size, "xxh3_128": checksum.hexdigest()}
+    for name, text in texts.items():
+        data = text.encode("utf-8")
+        write_atomic(folder / name, data)
+        files[name] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+    write_atomic(folder / MANIFEST, _json(_signed({"format": FORMAT, "files": files})))
     return sum(each["bytes"] for each in files.values())
 
 

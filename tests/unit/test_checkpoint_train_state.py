@@ -166,8 +166,9 @@ def test_a_disk_that_fills_up_at_any_file(tmp_path, state, monkeypatch, step):
     monkeypatch.setattr(os, "fdopen", fdopen)
     new = state if step % 2 else tmp_path / "run-step00000004-state"
     if step < len(FILES):
-        with pytest.raises(UserError, match="no space left on the disk"):
+        with pytest.raises(UserError, match="no space left on the disk") as caught:
             save(new, facts(4), weights(2), parts(2))
+        assert str(new) in str(caught.value) and ".tmp" not in str(caught.value)
         assert every_file(tmp_path) == [state.name] and open_state(state).facts.step == 3
     else:  # no more files than that are written
         save(new, facts(4), weights(2), parts(2))

@@ -9,7 +9,7 @@ import pytest
 from flux_train import ENTRY
 from library.config.parse import parse, to_toml
 from library.errors import UserError
-from library.resume import compare, data_settings, require_same, stride_of, version_notes, versions
+from library.resume import compare, data_settings, identity, require_same, stride_of, version_notes, versions
 from library.resume_rules import RULES, SECTION, rule_of
 from tests.unit.data_helpers import scan_folder
 from tests.unit.state_helpers import facts
@@ -99,6 +99,10 @@ def refused(saved, now, config=None):
         return require_same(saved, dataclasses.replace(now, config=to_toml(config)), config, "x", anyway=False) or []
     except UserError as error:
         return [line.partition(": ")[2].partition(" was")[0] for line in error.problems]
+
+
+def test_identities():
+    assert identity("a", "bc") == identity("a", "bc") != identity("ab", "c")
 
 
 def test_other_pictures():
