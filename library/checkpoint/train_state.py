@@ -96,7 +96,7 @@ def save(path: Path, facts: StateFacts, weights: Mapping[str, torch.Tensor], par
             size = _fill(folder, entries, tables, texts)
         except UserError as error:  # it names the file under its passing name, which means nothing to anybody
             message, place = (text.replace(str(folder), str(path)) for text in (error.message, error.place))
-            raise UserError(message, place=place, remedy=error.remedy) from error
+            raise type(error)(message, place=place, remedy=error.remedy) from error
     for left in leftovers(path):  # of a run that was killed while it replaced this very state
         shutil.rmtree(left.parent, ignore_errors=True)
     return size
