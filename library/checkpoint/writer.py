@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -22,16 +23,24 @@ CHUNK_ELEMENTS = 4 << 20
 _HASH_PLACEHOLDER = "0x" + "0" * 64
 
 
+class Checksum(Protocol):
+    """As the objects of hashlib and xxhash are."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+
 def write_safetensors(path: Path, entries: Iterable[Entry | tuple[str, tuple[int, ...], str]], get: Callable[[str], torch.Tensor],
                       metadata: Mapping[str, str] | None = None, *, add_hash_key: str | None = None,
-                      on_progress: Callable[[int, int], None] | None = None) -> int:
+                      on_progress: Callable[[int, int], None] | None = None, checksum: Checksum | None = None) -> int:
     """Write ``entries`` (name, shape, dtype), each tensor taken from ``get(name)`` when its turn comes; returns the file's size.
 
     Tensors stand in the order given, wider formats before narrower ones so that each is aligned. ``add_hash_key``: metadata
     key for the sha256 of all tensor data, as ``0x`` and 64 digits (modelspec.hash_sha256). The file appears whole or not at
     all. UserError: not enough room on the disk (told before anything is written), a value that is not finite or does not
     fit the format (with the tensor's name), no right to write. ``on_progress(done_bytes, total_bytes)`` counts tensor data.
+    ``checksum`` is shown every byte of the file, so it cannot be had together with ``add_hash_key``, which changes some later.
     """
+    assert checksum is None or add_hash_key is None
     path = Path(path)
     entries = sorted((Entry(*entry) for entry in entries), key=lambda entry: -DTYPE_BYTES[entry.dtype])
     assert len({entry.name for entry in entries}) == len(entries), "a name is written twice"
@@ -41,6 +50,8 @@ def write_safetensors(path: Path, entries: Iterable[Entry | tuple[str, tuple[int
     # hashing and writing both let go of the interpreter lock, so the hash costs no time beside the disk
     with atomic_file(path) as file, ThreadPoolExecutor(max_workers=1) as hasher:
         file.write(header)
+        if checksum is not None:
+            checksum.update(header)
         hashed: Future | None = None
         for entry in entries:
             tensor = get(entry.name)
@@ -51,6 +62,8 @@ def write_safetensors(path: Path, entries: Iterable[Entry | tuple[str, tuple[int
                 if hashed is not None:
                     hashed.result()  # one chunk at a time, in order
                 hashed = hasher.submit(digest.update, data) if add_hash_key else None
+                if checksum is not None:
+                    checksum.update(data)
                 file.write(data)
                 done += len(data)
                 if on_progress is not None:
