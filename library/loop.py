@@ -63,7 +63,8 @@ class StepReport:
     loss: float
     update: UpdateInfo
     samples: int
-    seconds: float
+    seconds: float  # all of it, ``waited`` included
+    waited: float  # seconds of it in which the batches were not ready
     peak_bytes: int
     stopping: bool  # this step is the last one, because somebody asked for that
 
@@ -78,6 +79,7 @@ def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None
     groups = _read(task)
     with closing(groups):
         for group in groups:
+            waited = time.perf_counter() - started
             losses = [_backward(task, batch, group.step, group.real_samples, last=index == len(group.micro) - 1)
                       for index, batch in enumerate(group.micro)]
             try:
@@ -91,7 +93,7 @@ def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None
             now = time.perf_counter()
             stopping = task.runtime.any_rank(stop.requested or launcher_is_gone())
             after_step(StepReport(done, group.epoch, done % task.plan.steps_per_epoch == 0, loss, update,
-                                  group.real_samples, now - started, peak_bytes(task.runtime.device), stopping))
+                                  group.real_samples, now - started, waited, peak_bytes(task.runtime.device), stopping))
             started = time.perf_counter()
             if stopping:
                 break

@@ -31,6 +31,7 @@ from library.optim import schedule, table
 from library.prompts import Prompt, parse_prompts, with_seeds
 from library.saving import endangered
 from library.trackers import tracker_arguments
+from library.upload import Uploader
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from library.encode import Encoded
     from library.loop import StepReport, Task
     from library.optim.groups import Group
+    from library.run_metadata import Facts
 
 CAPTIONS_COUNTED = 2000  # the longest ones: about a second
 
@@ -75,6 +77,7 @@ def run(entry: Entry, config: Config) -> None:
     if config.dataset.debug_dataset:
         return show_data(entry, config)
     data, arch = open_inputs(entry, config)
+    uploader = open_uploader(config)
     method = importlib.import_module(entry.method)
     general, optimizer = config.general, config.optimizer
 
@@ -99,7 +102,9 @@ def run(entry: Entry, config: Config) -> None:
     task = build_task(config, runtime, arch, denoiser, encoders, groups, encoded, plan, rates, total_steps)
     with Outputs(config, runtime, arch, method, denoiser, encoders, encoded, data.prompts, data.resolution,
                  total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch,
-                 validate=build_validation(config, runtime, data, task)) as outputs:
+                 validate=build_validation(config, runtime, data, task), uploader=uploader,
+                 rates=lambda step: {group.name: group.learning_rate * rates(step - 1, total_steps) for group in groups},
+                 facts=facts_of(config, data, arch, plan, groups, rates, total_steps)) as outputs:
         log.info("ready after %.1f s; steps in all: %d", time.monotonic() - started, total_steps)
         outputs.before_training()
         with stop_requested() as stop:  # until here a signal ends the run at once: there is nothing to save yet
@@ -171,7 +176,7 @@ def fill_caches(entry: Entry, config: Config) -> None:
 def begin_log(config: Config) -> None:
     general = config.general
     setup_logging(general.console_log_level, general.console_log_file, general.console_log_simple,
-                  is_main=os.environ.get("RANK", "0") == "0")
+                  is_main=os.environ.get("RANK", "0") == "0", secrets=config.secrets())
     for note in config.notes:
         log.info(note)
 
@@ -190,6 +195,24 @@ def open_inputs(entry: Entry, config: Config) -> tuple[DataPlan, Architecture]:
         raise UserError(f"this run would write over {path}, which it reads", place=config.place("output_name"),
                         remedy="choose another --output_name or --output_dir")
     return data, arch
+
+
+def open_uploader(config: Config) -> Uploader:
+    """What uploads to the hub; on the first rank its access token is tried out now. UserError for one that will not do."""
+    uploader = Uploader(config.hub)
+    if os.environ.get("RANK", "0") == "0":
+        uploader.check()
+    return uploader
+
+
+def facts_of(config: Config, data: DataPlan, arch: Architecture, plan: plans.StepPlan, groups: Sequence[Group],
+             rates: schedule.Schedule, total_steps: int) -> Facts:
+    """What saved files say of this run."""
+    from library.run_metadata import Facts
+
+    return Facts(config, data.items, len(data.selection.validation), {group.name: group.learning_rate for group in groups},
+                 plan.batches_per_epoch, total_steps, plan.steps_per_epoch, rates.warmup_steps, plan.world_size,
+                 getattr(arch, "objective_options", config.objective), getattr(arch, "base_version", None))
 
 
 def join(config: Config, data: DataPlan) -> Runtime:

@@ -104,9 +104,9 @@ def _later() -> Iterator[Record]:
     yield from records(LATER, "resume= save_state save_state_on_train_end save_last_n_epochs_state= save_last_n_steps_state=",
                        "not built yet: saving and resuming the state of a run",
                        "leave it out; --save_every_n_steps keeps checkpoints, and a new run can start from one of them", (0,))
-    yield from records(LATER, "huggingface_repo_id= huggingface_repo_type= huggingface_path_in_repo= huggingface_token= "
-                       "huggingface_repo_visibility= save_state_to_huggingface resume_from_huggingface async_upload",
-                       "not built yet: uploading to the hub", "leave it out and run `hf upload` after the training")
+    yield from records(LATER, "save_state_to_huggingface resume_from_huggingface",
+                       "not built yet: keeping the state of a run on the hub",
+                       "leave it out; --huggingface_repo_id uploads the saved files")
 
 
 def _elsewhere() -> Iterator[Record]:

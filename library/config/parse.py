@@ -24,6 +24,7 @@ from library.errors import UserError, nearest, raise_all
 from library.toml_lines import Locator, load_toml
 
 COMMAND_LINE, DEFAULT, LAUNCH = "command line", "default", "accelerate launch"
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 _SESSION_ONLY = ("config_file", "output_config")  # they say what to do with a file, so they cannot stand in one
 
 
@@ -55,8 +56,9 @@ class Entry:
             "model": schema.ModelOptions, "architecture": self.architecture_options, "dataset": DatasetOptions,
             "caching": CachingOptions, "training": schema.TrainingOptions, "optimizer": schema.OptimizerOptions,
             "objective": self.objective_options, "loss": LossOptions, "precision": schema.PrecisionOptions,
-            "memory": schema.MemoryOptions, "saving": schema.SavingOptions, "metadata": schema.MetadataOptions,
-            "sampling": schema.SamplingOptions, "logging": schema.LoggingOptions, "general": schema.GeneralOptions,
+            "memory": schema.MemoryOptions, "saving": schema.SavingOptions, "hub": schema.HubOptions,
+            "metadata": schema.MetadataOptions, "sampling": schema.SamplingOptions,
+            "logging": schema.LoggingOptions, "general": schema.GeneralOptions,
         }
 
     def settings(self) -> dict[str, Setting]:
@@ -90,6 +92,7 @@ class Config:
     precision: schema.PrecisionOptions
     memory: schema.MemoryOptions
     saving: schema.SavingOptions
+    hub: schema.HubOptions
     metadata: schema.MetadataOptions
     sampling: schema.SamplingOptions
     logging: schema.LoggingOptions
@@ -107,6 +110,12 @@ class Config:
         """The ``place`` of a UserError about a setting: ``--flag`` or ``file.toml:12: flag``."""
         origin = self.origins.get(flag, DEFAULT)
         return f"--{flag}" if origin in (COMMAND_LINE, DEFAULT) else f"{origin}: {flag}"
+
+    def secrets(self) -> tuple[str, ...]:
+        """Keys and tokens, given here or in the usual environment variables: no message may hold one."""
+        given = [getattr(getattr(self, setting.section), name) for name, setting in self.entry.settings().items()
+                 if setting.meta["secret"]]
+        return tuple(filter(None, (*given, *(os.environ.get(name) for name in SECRET_VARIABLES))))
 
     def changed(self) -> frozenset[str]:
         """The flags whose values are not this script's defaults."""
