@@ -53,7 +53,8 @@ class Snapshot:
             start = 0
             for key, tensor in live.items():
                 part = self._buffer[start:start + tensor.numel() * tensor.element_size()]
-                self._held[key] = part.view(tensor.dtype).view(tensor.shape)
+                part = part.view(tensor.dtype).view(tensor.shape)
+                self._held[key] = nn.Parameter(part, requires_grad=False) if isinstance(tensor, nn.Parameter) else part
                 start += _aligned(tensor)
             self.modules = {name: _double(module, self._held) for name, module in self._live.items()}
         assert live.keys() == self._held.keys(), "a module has other parameters than at the first copy"
@@ -101,8 +102,7 @@ def _double(module: nn.Module, held: Mapping[int, torch.Tensor]) -> nn.Module:
     for name in [name for name in double.__dict__ if name.startswith(("_forward_", "_backward_"))]:
         double.__dict__[name] = {}
     double.__dict__["_parameters"] = {
-        name: None if parameter is None else nn.Parameter(held[id(parameter)], requires_grad=False)
-        for name, parameter in module._parameters.items()}
+        name: None if parameter is None else held[id(parameter)] for name, parameter in module._parameters.items()}
     double.__dict__["_buffers"] = {name: None if buffer is None else held[id(buffer)] for name, buffer in module._buffers.items()}
     double.__dict__["_modules"] = {name: None if child is None else _double(child, held)
                                    for name, child in module._modules.items()}
