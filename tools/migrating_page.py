@@ -27,11 +27,12 @@ metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phr
 sample_every_n_epochs logging_dir log_with log_tracker_config wandb_run_name wandb_api_key
 seed output_name save_model_as train_data_dir reg_data_dir in_json dataset_class conditioning_data_dir caption_extention
 caption_prefix caption_suffix secondary_separator face_crop_aug_range resize_interpolation validation_seed validate_every_n_steps
-validate_every_n_epochs max_validation_steps""".split()
+validate_every_n_epochs max_validation_steps huggingface_repo_id huggingface_repo_type huggingface_path_in_repo
+huggingface_repo_visibility huggingface_token""".split()
 _OFF = """output_config console_log_simple enable_bucket bucket_no_upscale cache_latents
 cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk full_bf16 gradient_checkpointing
 sample_at_first log_config cache_info debug_dataset enable_wildcard shuffle_caption color_aug flip_aug
-random_crop alpha_mask masked_loss skip_cache_check skip_latents_validity_check""".split()
+random_crop alpha_mask masked_loss skip_cache_check skip_latents_validity_check async_upload""".split()
 
 PEER_DEFAULTS: dict[str, object] = {
     **dict.fromkeys(_NONE), **dict.fromkeys(_OFF, False),
@@ -73,6 +74,7 @@ NEW: dict[str, str] = {
     "skip_image_resolution": "pictures that are too small to learn from need not be sorted out by hand",
     "clip_l_tokenizer": "train without a connection to the hub",
     "t5xxl_tokenizer": "train without a connection to the hub",
+    "async_save": "files during training cost the time of a copy to host memory, not that of the disk",
     "no_metadata": "known from the LoRA scripts of the dialect; here for checkpoints as well",
 }
 
@@ -89,6 +91,8 @@ REASONS: dict[str, str] = {
     "huber_schedule": "`snr` has no meaning for a flow, and fails there in the dialect",
     "seed": "a run without `--seed` can be repeated too",
     "output_name": "one name for all files of a run; the dialect uses `epoch`, `at` and `last`",
+    "huggingface_repo_type": "the same, under its name",
+    "huggingface_repo_visibility": "the same, under its name; other words than `public` and `private` are refused",
     "min_timestep": "the same; not given means the whole range",
     "max_timestep": "the same; not given means the whole range",
 }
@@ -133,6 +137,14 @@ BEHAVIOUR = """## Behaviour that differs
 - **`--learning_rate_te1 0`** and zeros in `--block_lr` leave these weights without gradients. Encoders that do not train can be
   cached while the others train. **`--weighted_captions`** goes with cached text.
 - **`v_pred` and `ztsnr` keys** of a checkpoint are obeyed, with a word in the log, and written.
+- **Saved files** are written aside, take their name when they are whole, and are read back; older ones go after that. One that cannot be written is
+  tried again, and says so, instead of ending the run. [outputs.md](outputs.md) has the rules.
+- **Metadata** of checkpoints holds the `ss_*` fields that the dialect writes for LoRA only, without hashing the whole base model;
+  `modelspec.hash_sha256` is filled in. Optimizer names are those of the flag.
+- **`--log_tracker_config`** is added to what other flags say (`--wandb_run_name` stays); `--log_with` also takes the names of
+  accelerate's other trackers, and TensorBoard gets pictures. A tracker that fails does not end the run.
+- **`--huggingface_path_in_repo`** may be left out (the top of the repository), a token that may not write is told before training,
+  and the end of a run waits for uploads.
 - **Weights of the loss, masks and `loss_weight`** act together in every objective, for each picture by itself.
 - **`--model_type chroma`** is refused: the dialect's fine-tuning script trains a FLUX model then.
 - **`--sample_every_*` without `--sample_prompts`** and **`--save_last_n_*` without `--save_every_n_*`** are errors.

@@ -8,6 +8,7 @@ import pytest
 
 from library import run_metadata
 from library.run_metadata import TABLE, short_hash, source_name, tag_frequency
+from tools import outputs_page
 
 
 def items_of(*captions_of_subsets):
@@ -61,3 +62,8 @@ def test_every_field_has_one_record_and_a_source():
     names = [one.name for one in TABLE]
     assert len(set(names)) == len(names) and all(name.startswith(("ss_", "sshs_")) for name in names)
     assert all(one.source and one.group for one in TABLE)
+
+
+def test_the_page_lists_every_field():
+    assert outputs_page.PAGE.read_text(encoding="utf-8") == outputs_page.page(), "run: python tools/outputs_page.py"
+    assert all(f"`{one.name}`" in outputs_page.page() for one in TABLE)
