@@ -64,6 +64,9 @@ class EmaOptions:
 
     def problems(self, config: Config) -> Iterator[Problem]:
         """A place for an average that is not made."""
+        if self.ema_decay and self.ema_device == "gpu" and config.memory.blocks_to_swap:
+            yield conflict(config, "ema_device blocks_to_swap", "the average of blocks that wait in CPU memory is kept there too",
+                           "use --ema_device cpu, or leave --blocks_to_swap out")
         if "ema_device" in config.changed() and not self.ema_decay:
             yield conflict(config, "ema_device ema_decay", "has no effect without --ema_decay",
                            "add --ema_decay 0.999, or leave it out")
