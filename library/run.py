@@ -231,9 +231,13 @@ def facts_of(config: Config, data: DataPlan, arch: Architecture, plan: plans.Ste
     """What saved files say of this run."""
     from library.run_metadata import Facts
 
-    return Facts(config, data.items, len(data.selection.validation), {group.name: group.learning_rate for group in groups},
-                 plan.batches_per_epoch, total_steps, plan.steps_per_epoch, rates.warmup_steps, plan.world_size,
-                 getattr(arch, "objective_options", config.objective), getattr(arch, "base_version", None))
+    encoders = arch.encoder_rates(config.optimizer.learning_rate)
+    return Facts(
+        config, data.items, held_out=len(data.selection.validation),
+        rates={group.name: group.learning_rate for group in groups if group.name not in encoders}, encoder_rates=encoders,
+        batches_per_epoch=plan.batches_per_epoch, total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch,
+        warmup_steps=rates.warmup_steps, world_size=plan.world_size,
+        objective=getattr(arch, "objective_options", config.objective), base_version=getattr(arch, "base_version", None))
 
 
 def open_report(entry: Entry, config: Config, data: DataPlan, plan: plans.StepPlan, total_steps: int,

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy
 
-from library.architectures.base import DENOISER
 from library.checkpoint.writer import DIGEST
 from library.config.parse import Config
 from library.data.items import Items
@@ -33,12 +32,14 @@ LONGEST_TAG = 100  # letters: what is longer is a sentence
 
 @dataclass(frozen=True)
 class Facts:
-    """One training run. ``items``: what is trained on; ``rates``: learning rate by group, before the schedule."""
+    """One training run. ``items``: what is trained on; ``rates`` and ``encoder_rates``: learning rates before the schedule, of
+    the denoiser's groups and of the text encoders that train."""
 
     config: Config
     items: Items
     held_out: int
     rates: Mapping[str, float]
+    encoder_rates: Mapping[str, float]
     batches_per_epoch: int
     total_steps: int
     steps_per_epoch: int
@@ -221,9 +222,9 @@ def _optimizer(facts: Facts) -> str:
     return f"{options.optimizer_type}({arguments})" if arguments else options.optimizer_type
 
 
-def _encoder_rates(facts: Facts) -> list[float] | None:
-    rates = [rate for name, rate in facts.rates.items() if not name.startswith(DENOISER)]
-    return rates or None
+def _denoiser_rates(facts: Facts) -> Any:
+    """One number where all groups learn at the same rate, else a number for each group."""
+    return next(iter(facts.rates.values())) if len(set(facts.rates.values())) == 1 else dict(facts.rates) or None
 
 
 def _size(size: Iterable[int]) -> str:
@@ -278,8 +279,9 @@ TABLE: tuple[Field, ...] = (
         "optimizer",
         ("ss_optimizer", "`--optimizer_type` with `--optimizer_args`", lambda f, m: _optimizer(f)),
         ("ss_learning_rate", "`--learning_rate`", lambda f, m: f.config.optimizer.learning_rate),
-        ("ss_unet_lr", "rate of the denoiser, where it has one", lambda f, m: f.rates.get(DENOISER)),
-        ("ss_text_encoder_lr", "rates of the text encoders that train, in order", lambda f, m: _encoder_rates(f)),
+        ("ss_unet_lr", "rate of the denoiser; JSON of its groups where they differ", lambda f, m: _denoiser_rates(f)),
+        ("ss_text_encoder_lr", "JSON: rates of the text encoders that train",
+         lambda f, m: list(f.encoder_rates.values()) or None),
         ("ss_lr_warmup_steps", "`--lr_warmup_steps` in steps", lambda f, m: f.warmup_steps)),
     *_flags("optimizer", "optimizer", "lr_scheduler max_grad_norm"),
     *_flags("precision", "precision", "mixed_precision full_bf16"),

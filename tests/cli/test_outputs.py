@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import library.outputs
 from flux_train import ENTRY
+from sdxl_train import ENTRY as SDXL
 from library.app import main
 from library.checkpoint.verify import verify
 from library.log import log
@@ -28,13 +29,20 @@ from library.run_metadata import TABLE
 from tests.cli.conftest import ROOT, run_script, with_flag
 from tests.cli.runs import SCRIPT, checkpoints, column, header, rows, running
 from tests.contract.conftest import dataset_file, losses, make_pictures
+
 from tests.hub_stub import GOOD_TOKEN, HubStub, serving
+from tests.tiny_sdxl import make_sdxl_files
 
 SHORT = ["--t5xxl_max_token_length", "16"]
 
 
 def train(*flags: object) -> int:
     return main(ENTRY, [str(flag) for flag in flags])
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    return make_sdxl_files(tmp_path_factory.mktemp("sdxl"))
 
 
 @pytest.fixture
@@ -219,6 +227,33 @@ def test_files_written_beside_the_training_are_the_same(base, tmp_path):
         assert facts == other_facts and all(torch.equal(tensors[key], others[key]) for key in tensors | others), name
         assert (one / name).stat().st_size == (other / name).stat().st_size
         verify(other / name)
+
+
+def files_of(path: Path) -> dict[str, Path]:
+    return {str(one.relative_to(path)): one for one in path.rglob("*") if one.is_file()} if path.is_dir() else {path.name: path}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt", "diffusers_safetensors", "diffusers"])
+def test_encoders_and_folders_written_beside_the_training_are_the_same(sdxl, dataset, tmp_path, kind):
+    """Three modules that train, and parts that come from the input; every format."""
+    name = "last-step00000001" + {"safetensors": ".safetensors", "ckpt": ".ckpt"}.get(kind, "")
+    for out, more in (("at_once", []), ("beside", ["--async_save"])):
+        assert main(SDXL, ["--pretrained_model_name_or_path", str(sdxl.checkpoint), "--dataset_config", str(dataset), "--output_dir",
+                           str(tmp_path / out), "--max_train_steps", "3", "--learning_rate", "1e-3", "--train_text_encoder",
+                           "--learning_rate_te1", "1e-4", "--save_every_n_steps", "1", "--save_model_as", kind, *more]) == 0
+    one, other = files_of(tmp_path / "at_once" / name), files_of(tmp_path / "beside" / name)
+    assert set(one) == set(other) and len(one) == 1 or "model_index.json" in one
+    for relative, path in one.items():
+        if path.suffix == ".safetensors":
+            (tensors, facts), (others, other_facts) = tensors_and_facts(path), tensors_and_facts(other[relative])
+            facts.pop("ss_output_name", None), other_facts.pop("ss_output_name", None)
+            assert facts == other_facts and tensors.keys() == others.keys()
+            assert all(torch.equal(tensors[key], others[key]) for key in tensors), relative
+            if kind == "safetensors":
+                assert facts["ss_text_encoder_lr"] == "[0.0001, 0.001]" and facts["ss_base_model_version"] == "sdxl_base_v1-0"
+        else:
+            assert path.read_bytes() == other[relative].read_bytes(), relative
+    verify(tmp_path / "beside" / name)
 
 
 def test_a_copy_that_does_not_fit_the_memory_is_refused(base, tmp_path, monkeypatch, capsys):
