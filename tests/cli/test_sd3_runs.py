@@ -87,7 +87,7 @@ def test_mistakes(flags, sd3, tmp_path):
         ([*flags, "--use_t5xxl_cache_only"], ["--cache_text_encoder_outputs"]),
         ([*flags, "--learning_rate_te3", "1e-5"], ["--learning_rate_te3", "--train_t5xxl"]),
         ([*flags, "--t5xxl_device", "gpu0"], ["--t5xxl_device", "cuda"]),
-        ([*flags, "--blocks_to_swap", "10"], ["--blocks_to_swap", "not built yet"]),
+        ([*flags, "--blocks_to_swap", "10"], ["--blocks_to_swap", "at most"]),
         ([*flags, "--guidance_scale", "3.5"], ["--guidance_scale", "another kind of model"]),
         ([*flags, "--clip_l", "none", "--clip_g", "none", "--t5xxl", "none"], ["no text encoder is left"]),
         (with_flag(flags, "output_dir", sd3.folder) + ["--output_name", sd3.checkpoint.stem], ["--output_name"]),
