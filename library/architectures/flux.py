@@ -17,12 +17,13 @@ from torch import nn
 from library.architectures.base import DENOISER, TextEncoders
 from library.architectures.clip import load_clip
 from library.architectures.flux_call import keep_time_exact, predict
-from library.architectures.flux_models import load_t5, load_transformer, load_vae
+from library.architectures.flux_models import build_transformer, load_t5, load_transformer, load_vae
 from library.architectures.flux_options import FluxOptions
 from library.architectures.flux_parts import TOKENIZERS, open_parts, open_tokenizers
 from library.architectures.flux_preview import sample
 from library.architectures.flux_text import Tokenizers, encode_text
 from library.architectures.flux_tokens import read_token_meter
+from library.architectures.loading import without_weights
 from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
 from library.architectures.vae import encode_image
 from library.checkpoint.export import Export, carry, export_module
@@ -99,6 +100,16 @@ class Flux:
         denoiser = load_transformer(self.file, dtype, device)
         keep_time_exact(denoiser)
         return denoiser
+
+    def meta_denoiser(self, dtype: torch.dtype) -> nn.Module:
+        denoiser = without_weights(lambda: build_transformer(self.file), dtype)
+        keep_time_exact(denoiser)
+        return denoiser
+
+    def meta_text(self, batch: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {"t5": torch.empty(batch, self.text_tokens, self.file.text_width, dtype=dtype),
+                "t5_mask": torch.ones(batch, self.text_tokens, dtype=torch.bool),
+                "clip_pooled": torch.empty(batch, self.file.pooled_width, dtype=dtype)}
 
     def encode_image(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         return encode_image(vae, pixels)

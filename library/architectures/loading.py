@@ -32,6 +32,14 @@ def load(factory: Callable[[], nn.Module], source: Source, layouts: Iterable[Key
     return load_module(module, source, fitting(module, source, layouts), dtype=dtype, device=device, place=place)
 
 
+def without_weights(factory: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """``factory()`` in eval mode, nothing trainable yet, its parameters on meta in ``dtype``: what ``load`` would fill."""
+    module = build_on_meta(factory).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
 def fitting(module: nn.Module, source: Source, layouts: Iterable[KeyMap]) -> BoundMap:
     """The map between ``module`` and the names of ``source``: of ``layouts`` the one that fits best; without any, equal names."""
     shapes = module_shapes(module)

@@ -13,7 +13,7 @@ LAYERS = [
     ["data", "memory", "optim", "objectives"],
     ["prompts", "contact_sheet", "plots", "interrupt", "architectures", "methods", "preview", "saving"],
     ["step"],
-    ["trackers", "encode", "loop", "validation", "outputs", "run"],
+    ["trackers", "encode", "loop", "validation", "outputs", "planning", "run"],
     ["app"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
