@@ -116,7 +116,7 @@ def measure(module: nn.Module, blocks: Sequence[nn.Module], losses: Callable[[],
     mixed precision. ``cuda``: what a GPU would do; else what torch does on a CPU, exactly."""
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
         _without_memory(module)
-        trace = Trace((*module.parameters(), *module.buffers()))
+        trace = Trace((*module.parameters(), *module.buffers()), cuda)
         run = _Run(trace, autocast)
         for block in blocks:
             block.forward = run.around(block)
@@ -245,6 +245,7 @@ class _Run:
     def begin_backward(self) -> None:
         self._leave()
         torch.clear_autocast_cache()
+        self.trace.products, self.trace.casts = set(), set()
         self._at = len(self._gaps) - 1
         self._enter_gap_backward()
 

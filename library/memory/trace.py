@@ -25,22 +25,22 @@ _FLOAT32_ON_CUDA = frozenset((
     F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softmax, torch.softmax, Tensor.softmax, torch.rsqrt,
     Tensor.rsqrt, torch.pow, Tensor.pow, Tensor.__pow__, torch.exp, Tensor.exp, torch.sum, Tensor.sum, torch.norm, Tensor.norm,
     F.softplus, F.mse_loss, F.l1_loss))
+_NORMS = frozenset((torch.ops.aten.native_layer_norm, torch.ops.aten.native_group_norm))
 _UNWRITTEN = frozenset((torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty))
 
 
 @dataclass(frozen=True)
 class Work:
     """What a card has to do: ``flops`` in matrix products, convolutions and attention (2 for each multiplication with its
-    addition), and the ``traffic`` of all other operations, in bytes read from and written to memory."""
+    addition), the ``traffic`` of all other operations, in bytes read from and written to memory, and the number of ``calls``,
+    products included, each of which Python has to start."""
 
     flops: int = 0
     traffic: int = 0
+    calls: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.traffic + other.traffic)
-
-    def times(self, factor: int) -> Work:
-        return Work(self.flops * factor, self.traffic * factor)
+        return Work(self.flops + other.flops, self.traffic + other.traffic, self.calls + other.calls)
 
 
 class Trace(TorchDispatchMode):
@@ -50,15 +50,16 @@ class Trace(TorchDispatchMode):
     Products go to ``products``, casts of ignored storages to ``casts``: sets of numbers, which the owner may exchange.
     """
 
-    def __init__(self, ignored: Iterable[Tensor]):
+    def __init__(self, ignored: Iterable[Tensor], cuda: bool):
         super().__init__()
+        self._cuda = cuda
         self._kept_alive = list(ignored)  # or another storage might get the same address
         self._ignored = {tensor.untyped_storage()._cdata for tensor in self._kept_alive}
         self._numbers: dict[int, int] = {}
         self._watched: dict[int, weakref.ref] = {}
         self.sizes: list[int] = []
         self.live = self.peak = 0
-        self._flops = self._traffic = 0
+        self._flops = self._traffic = self._calls = 0
         self.products: set[int] = set()
         self.casts: set[int] = set()
 
@@ -83,12 +84,14 @@ class Trace(TorchDispatchMode):
 
     def take_work(self) -> Work:
         """What was done since it was last taken."""
-        work, self._flops, self._traffic = Work(self._flops, self._traffic), 0, 0
+        work = Work(self._flops, self._traffic, self._calls)
+        self._flops = self._traffic = self._calls = 0
         return work
 
     def product(self, flops: int, outputs: Iterable[Tensor]) -> None:
         """A product was computed."""
         self._flops += flops
+        self._calls += 1
         self.products.update(number for output in outputs if (number := self.number(output)) is not None)
 
     def _forget(self, address: int, size: int) -> None:
@@ -106,9 +109,19 @@ class Trace(TorchDispatchMode):
         elif not func.is_view and packet not in _UNWRITTEN:
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self._traffic += sum(tensor.numel() * tensor.itemsize for tensor in (*inputs, *outputs))
+            self._calls += 1
+        if packet in _NORMS:
+            self._keep_statistics_exact(outputs, args)
         if packet is torch.ops.aten._to_copy and self.number(args[0]) is None:
             self.casts.update(numbers)
         return result
+
+    def _keep_statistics_exact(self, outputs: list[Tensor], args: tuple) -> None:
+        """Mean and scale of each row are float32 on a GPU, and on a CPU when the weights are; torch's shapes do not say so."""
+        weights = [arg for arg in args[1:] if isinstance(arg, Tensor)]
+        if self._cuda or any(weight.dtype == torch.float32 for weight in weights):
+            for statistic in outputs[1:]:
+                self.sizes[self.number(statistic)] = 4 * statistic.numel()
 
     def saved(self, into: Callable[[], set[int]]) -> torch.autograd.graph.saved_tensors_hooks:
         """Within it, the storages that autograd keeps are put ``into()`` what is current then."""
