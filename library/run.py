@@ -11,8 +11,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.architectures.base import NO_ENCODERS, TextEncoders
 from library.checkpoint.metadata import thumbnail_url
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from library.encode import Encoded
     from library.loop import StepReport, Task
     from library.optim.groups import Group
+    from library.planning import RunPlan
 
 CAPTIONS_COUNTED = 2000  # the longest ones: about a second
 
@@ -77,9 +79,15 @@ def run(entry: Entry, config: Config) -> None:
     data, arch = open_inputs(entry, config)
     method = importlib.import_module(entry.method)
     general, optimizer = config.general, config.optimizer
+    plan_memory = lru_cache(lambda: open_plan(config, data, arch, method))
+    if config.memory.plan:
+        return show_plan(plan_memory)
+    config = fit_budget(config, plan_memory)
 
     from library.loop import train
+    from library.memory.report import beside_plan
     from library.outputs import Outputs
+    from library.planning import advice_for
 
     runtime = join(config, data)
     plan = plans.StepPlan(data.items, batch_sizes=data.batch_sizes, seed=general.seed, world_size=runtime.world_size,
@@ -107,10 +115,12 @@ def run(entry: Entry, config: Config) -> None:
                 done = train(task, stop, outputs.after_step)
             except Exception as error:
                 outputs.rescue(error)
-                raise
+                raise advice_for(error, plan_memory) or error
             outputs.finish(done, stop.signal_name)
             stop.settled = True
             outputs.draw_curve(done)
+        if config.memory.vram_budget:
+            log.info(beside_plan(plan_memory().needs, runtime.device))
     runtime.close()
 
 
@@ -126,6 +136,32 @@ def show_data(entry: Entry, config: Config) -> None:
                      training.gradient_accumulation_steps, int(os.environ.get("WORLD_SIZE") or 1))
     tell(page.write(path, scanned, facts, lambda: open_meter(entry, config)))
     log.info("the data is shown in %s; nothing was trained", path)
+
+
+def open_plan(config: Config, data: DataPlan, arch: Architecture, method: Any) -> RunPlan:
+    """What the run needs; ``--plan`` is about graphics cards, whether there is one here or not."""
+    import torch
+
+    from library.planning import RunPlan
+
+    cuda = config.memory.plan or torch.cuda.is_available()
+    return RunPlan(config, data.items, data.batch_sizes, arch, method.prepare, cuda)
+
+
+def show_plan(plan_memory: Callable[[], RunPlan]) -> None:
+    """Print the table of ``--plan``."""
+    if os.environ.get("RANK", "0") == "0":
+        print(plan_memory().text(), flush=True)
+
+
+def fit_budget(config: Config, plan_memory: Callable[[], RunPlan]) -> Config:
+    """``config`` with the memory flags that ``--vram_budget`` chooses. UserError when nothing fits."""
+    if not config.memory.vram_budget:
+        return config
+    plan = plan_memory()
+    for note in plan.notes:
+        log.info(note)
+    return plan.config
 
 
 def open_meter(entry: Entry, config: Config) -> TokenMeter:

@@ -23,7 +23,7 @@ from library.architectures.flux_parts import TOKENIZERS, open_parts, open_tokeni
 from library.architectures.flux_preview import sample
 from library.architectures.flux_text import Tokenizers, encode_text
 from library.architectures.flux_tokens import read_token_meter
-from library.architectures.loading import without_weights
+from library.architectures.loading import parameter_count, without_weights
 from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
 from library.architectures.vae import encode_image
 from library.checkpoint.export import Export, carry, export_module
@@ -110,6 +110,10 @@ class Flux:
         return {"t5": torch.empty(batch, self.text_tokens, self.file.text_width, dtype=dtype),
                 "t5_mask": torch.ones(batch, self.text_tokens, dtype=torch.bool),
                 "clip_pooled": torch.empty(batch, self.file.pooled_width, dtype=dtype)}
+
+    def encoder_parameters(self) -> Mapping[str, int]:
+        parts = {"vae": self.parts.ae, "clip": self.parts.clip_l, "t5": self.parts.t5xxl}
+        return {name: parameter_count(source) for name, source in parts.items()}
 
     def encode_image(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         return encode_image(vae, pixels)

@@ -7,6 +7,7 @@ counts) follows the published models' rule, or a ``config.json`` beside the weig
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -38,6 +39,12 @@ def without_weights(factory: Callable[[], nn.Module], dtype: torch.dtype) -> nn.
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module
+
+
+def parameter_count(source: Source) -> int:
+    """Numbers in the file; a table of words that stands there twice, under two names, counts once."""
+    tied = "encoder.embed_tokens.weight" if "shared.weight" in source.tensors else ""
+    return sum(math.prod(info.shape) for name, info in source.tensors.items() if name != tied)
 
 
 def fitting(module: nn.Module, source: Source, layouts: Iterable[KeyMap]) -> BoundMap:

@@ -18,7 +18,7 @@ from torch import nn
 
 from library.architectures import clip_chunks, sdxl_call, sdxl_text
 from library.architectures.base import DENOISER, TextEncoders
-from library.architectures.loading import without_weights
+from library.architectures.loading import parameter_count, without_weights
 from library.architectures.sdxl_export import save, saved_bytes
 from library.architectures.sdxl_models import build_unet, load_clip_g, load_clip_l, load_unet, load_vae
 from library.architectures.sdxl_options import SdxlOptions
@@ -114,6 +114,10 @@ class Sdxl:
         # the second encoder's states are as wide as its pooled vector; only the sum of both widths matters
         return {"clip_l": torch.empty(batch, length, self.file.text_width - pooled, dtype=dtype),
                 "clip_g": torch.empty(batch, length, pooled, dtype=dtype), "pooled": torch.empty(batch, pooled, dtype=dtype)}
+
+    def encoder_parameters(self) -> Mapping[str, int]:
+        parts = {"vae": self.parts.vae, "clip_l": self.parts.clip_l, "clip_g": self.parts.clip_g}
+        return {name: parameter_count(source) for name, source in parts.items()}
 
     def encode_image(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         return encode_image(vae, pixels)

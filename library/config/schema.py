@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from library.config.values import flag, read_warmup
+from library.config.values import flag, read_bytes, read_warmup, to_bytes
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,13 @@ class MemoryOptions:
 
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: much less memory, "
                                         "about a third slower")
+    plan: bool = flag(False, "print what the run would need of memory, disk and time, and exit: no weights are read", saved=False)
+    vram_budget: str | None = flag(None, "memory of the graphics card that may be used; of the settings above, those are chosen "
+                                   "that fit and cost the least time", metavar="12GB", read=read_bytes)
+
+    @property
+    def vram_budget_bytes(self) -> int | None:
+        return to_bytes(self.vram_budget) if self.vram_budget else None
 
 
 @dataclass(frozen=True)

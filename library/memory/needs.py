@@ -220,10 +220,10 @@ class Needs:
 
     def _regions(self, kind: str) -> tuple[int, ...]:
         """Bytes of the region of each streamed block: of its ``weights``, those ``trained``, or the ``states`` of these."""
-        if kind not in self.shared:
-            self.shared[kind] = {j: region(self._region_sizes(kind, segment.weights))
+        if ("region", kind) not in self.shared:
+            self.shared["region", kind] = {j: region(self._region_sizes(kind, segment.weights))
                                  for j, segment in enumerate(self.measured.segments)}
-        return tuple(self.shared[kind][j] for j in self.streamed)
+        return tuple(self.shared["region", kind][j] for j in self.streamed)
 
     def _region_sizes(self, kind: str, weights: Sequence[Weight]) -> Iterable[int]:
         if kind == "states":
@@ -319,7 +319,7 @@ class Needs:
         if not self.setting.offload:
             return 0
         inputs = frozenset().union(*(self.measured.segments[j].inputs for j in self.recomputed))
-        return sum(self.measured.sizes[number] for number in inputs if self._leaves(number))
+        return sum(self.measured.sizes[number] for number in inputs if self.measured.sizes[number] >= OFFLOADED_FROM)
 
     @cached_property
     def ordinary(self) -> Mapping[str, int]:
