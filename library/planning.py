@@ -17,7 +17,8 @@ from library.config.parse import DEFAULT
 from library.data.plan import GroupFacts, group_facts
 from library.errors import UserError
 from library.memory.cards import CARDS, Card, named, with_memory
-from library.memory.measure import Measured, measure
+from library.memory.measure import measure
+from library.memory.measured import Measured
 from library.memory.needs import Needs
 from library.memory.plan_text import WIDTH, cards_table, describe
 from library.memory.planner import Planner, gigabytes
@@ -41,8 +42,8 @@ class RunPlan:
     memory flags that were not given are chosen here: ``config`` is the one to go on with. UserError when nothing fits.
     """
 
-    def __init__(self, config: Config, items: Items, batch_sizes: Sequence[int], arch: Architecture, prepare: Callable[..., object],
-                 cuda: bool):
+    def __init__(self, config: Config, items: Items, batch_sizes: Sequence[int], arch: Architecture,
+                 prepare: Callable[..., object], cuda: bool):
         self.config, self._arch, self._cuda = config, arch, cuda
         self.card = _this_card()
         self.largest = max(group_facts(items, batch_sizes), key=_work)
@@ -55,8 +56,8 @@ class RunPlan:
             if rates:
                 return denoiser.requires_grad_(True)
             return prepare(arch, denoiser, NO_ENCODERS, config.optimizer.learning_rate)
-        self.measured = measure_step(arch, config.loss, self.largest.bucket, _samples(self.largest), _WEIGHTS[config.weights_dtype],
-                                     _COMPUTE[config.precision.mixed_precision], trains, cuda)
+        self.measured = measure_step(arch, config.loss, self.largest.bucket, _samples(self.largest),
+                                     _WEIGHTS[config.weights_dtype], _COMPUTE[config.precision.mixed_precision], trains, cuda)
         self.planner = Planner(self.measured, self._fixed(items, tuple(rates)), self._allowed)
         if config.memory.vram_budget_bytes:
             self._choose(config.memory.vram_budget_bytes)
@@ -79,7 +80,7 @@ class RunPlan:
         self.config = replace(self.config, memory=replace(self.config.memory, **flags_of(setting)))
         self.notes.append(f"--vram_budget {self.config.memory.vram_budget}: {setting.words()}; {choice.why()}")
         if choice.needs.encoding_bytes > budget:
-            self.notes.append(f"filling caches takes at least {gigabytes(choice.needs.encoding_bytes)} of the card before training")
+            self.notes.append(f"before training, filling caches takes at least {gigabytes(choice.needs.encoding_bytes)}")
 
     def advice(self) -> str:
         """One line for a run that ran out of memory: what to change, and what that would save."""
@@ -92,11 +93,14 @@ class RunPlan:
     def text(self) -> str:
         """What ``--plan`` prints."""
         config, facts, needs = self.config, self.largest, self.needs
-        precision = f"weights {config.weights_dtype}, products {config.precision.mixed_precision.replace('no', config.weights_dtype)}"
-        head = [f"Memory plan of {config.entry.program}: {self.measured.parameters:,} parameters in {len(self.measured.blocks)} blocks",
+        products = config.precision.mixed_precision.replace("no", config.weights_dtype)
+        precision = f"weights {config.weights_dtype}, products {products}"
+        size = f"{self.measured.parameters:,} parameters, {len(self.measured.blocks)} blocks"
+        head = [f"Memory plan of {config.entry.program}: {size}",
                 f"  {_samples(facts)} x {facts.bucket[0]}x{facts.bucket[1]} pixels (the largest batch), {precision}, "
                 f"{self.planner.fixed.optimizer.name}", f"  {needs.setting.words()}"]
-        notes = [line for note in self.notes for line in textwrap.wrap(note, WIDTH - 2, initial_indent="- ", subsequent_indent="  ")]
+        notes = [line for note in self.notes
+                 for line in textwrap.wrap(note, WIDTH - 2, initial_indent="- ", subsequent_indent="  ")]
         lines = [*head, *describe(needs, self.card), *cards_table(self.planner, needs, CARDS)]
         return "\n".join([*lines, *(["", *notes] if notes else []), "", "No weights were read, and nothing was trained."])
 
@@ -111,8 +115,9 @@ class RunPlan:
         in_memory = (latents if caching.latents_cached else 0) - on_disk[0] + (texts if caching.text_cached else 0) - on_disk[1]
         stored = {"fp32": 4, "bf16": 2, "fp16": 2}[config.saving.stored_dtype(config.weights_dtype)]
         return Fixed(_optimizer(config), config.training.gradient_accumulation_steps, ranks, config.weights_dtype == "bf16",
-                     encoders=staying, encoding=max(vae if caching.latents_cached else 0, text if caching.text_cached else 0),
-                     cached=in_memory, cached_on_disk=sum(on_disk), checkpoint=stored * self.measured.parameters, cuda=self._cuda)
+                     single=config.precision.mixed_precision == "no", encoders=staying,
+                     encoding=max(vae if caching.latents_cached else 0, text if caching.text_cached else 0), cached=in_memory,
+                     cached_on_disk=sum(on_disk), checkpoint=stored * self.measured.parameters, cuda=self._cuda)
 
     def _cached_bytes(self, items: Items) -> tuple[int, int]:
         """About what caches of all pictures and captions take."""

@@ -7,8 +7,8 @@ S: the streamed blocks, a = ``look_ahead``, s = min(a + 1, |S|) slots, m = ``mic
 Moments. Memory is not the sum of the largest of everything: gradients come while activations go. So each moment that can be the
 worst one is summed up by itself, and the plan shows the largest:
 
-- ``forward``: the forward pass has just ended. What autograd keeps of all segments is there, and with autocast the copy that it
-  makes of every float32 weight: its cache is emptied when the pass ends, or at each block when any is streamed.
+- ``forward``: the forward pass has just ended. What autograd keeps of all segments is there, and with autocast the copy that
+  it makes of every float32 weight: its cache is emptied when the pass ends, or at each block when any is streamed.
 - ``backward j``: segment j runs backward. What the segments 0 .. j keep is there, what those behind it kept is gone, and their
   gradients have come (all of them: with several micro-batches from the one before, with several processes because the buckets
   of DistributedDataParallel exist throughout). A recomputed block has just made anew all that it did not keep.
@@ -17,13 +17,14 @@ worst one is summed up by itself, and the plan shows the largest:
 Kept by segment j: all that autograd saves there; of a recomputed block its inputs, with "selective" also its products; with
 ``offload`` its inputs only while it is one of the ``IN_FLIGHT`` next to run backward. Storages that several keep count once.
 
-Streaming. Every block has a region in host memory with each tensor rounded up to 256 bytes; the ring has s slots of the largest
-one. Per micro-batch a forward pass copies in all but the s blocks that the backward pass left in the ring, and a backward pass all
-but the s that the forward pass left. The last backward pass copies out what was trained. States move in and out in the last
-backward pass; sums of gradients come in for every micro-batch but the first and go out for every one but the last.
+Streaming. Every block has a region in host memory with each tensor rounded up to 256 bytes; the ring has s slots of the
+largest one. Per micro-batch a forward pass copies in all but the s blocks that the backward pass left in the ring, and a
+backward pass all but the s that the forward pass left. The last backward pass copies out what was trained. States move in and
+out in the last backward pass; sums of gradients come in for every micro-batch but the first and go out for every one but the
+last.
 
-Seconds. A product of f operations takes f / (REACHED F) on a card of F per second, anything else its traffic / W, where W is the
-memory bandwidth; a pass takes at least CALL_SECONDS for each call that Python has to make, and at least as long as its copies:
+Seconds. A product of f operations takes f / (REACHED F) on a card of F per second (in the dtype of products), anything else its
+traffic / W, where W is the memory bandwidth; a pass takes at least CALL_SECONDS for each call that Python has to make, and at least as long as its copies:
 
     T = m max(forward, in_f / B) + m max(backward + recompute, max(in_b, out_b) / B) + update
 
@@ -36,10 +37,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from library.memory.amounts import Copies, Time, Work
 from library.memory.cards import Card
-from library.memory.measure import Measured, Weight
+from library.memory.measured import Measured, Weight
 from library.memory.setting import Fixed, Setting
-from library.memory.trace import Work
 
 ALIGNMENT = 256  # of tensors in a region
 IN_FLIGHT = 3  # offloaded inputs that are on the card: of the block that runs and of the two before it
@@ -64,36 +65,6 @@ def evenly(count: int, chosen: int) -> tuple[int, ...]:
 def region(sizes: Iterable[int]) -> int:
     """Bytes of tensors side by side."""
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
-
-
-@dataclass(frozen=True)
-class Copies:
-    """Bytes over the bus in one pass: to the device and from it."""
-
-    into: int = 0
-    out: int = 0
-
-    def __add__(self, other: Copies) -> Copies:
-        return Copies(self.into + other.into, self.out + other.out)
-
-    def seconds(self, card: Card) -> float:
-        """Both ways at once."""
-        return max(self.into, self.out) / card.bus
-
-
-@dataclass(frozen=True)
-class Time:
-    """Seconds of one optimizer step on one card, and whether no copy is waited for."""
-
-    forward: float
-    backward: float
-    update: float
-    copies: float
-    hidden: bool
-
-    @property
-    def total(self) -> float:
-        return self.forward + self.backward + self.update
 
 
 @dataclass(frozen=True)
@@ -168,7 +139,7 @@ class Needs:
     def moments(self) -> Mapping[str, Mapping[str, int]]:
         """Moment -> part -> bytes."""
         found = {"forward": self._forward()}
-        found |= {f"backward {self.measured.segments[j].name}, {j}": self._backward(j)
+        found |= {f"backward {self.measured.describe(j)}": self._backward(j)
                   for j in reversed(range(len(self.measured.segments)))}
         if self.setting.unit == "model":
             found["update"] = self._moment(gradients=self._gradients(0), workspace=self._update_workspace(self._trained()))
@@ -297,7 +268,8 @@ class Needs:
 
     def _trained(self) -> list[Weight]:
         if "trained" not in self.shared:
-            self.shared["trained"] = [weight for segment in self.measured.segments for weight in segment.weights if weight.trained]
+            self.shared["trained"] = [weight for segment in self.measured.segments for weight in segment.weights
+                                      if weight.trained]
         return self.shared["trained"]
 
     @cached_property
@@ -350,8 +322,8 @@ class Needs:
         return copies + Copies((micro - 1) * self._returning(trained), (micro - 1) * sum(trained))
 
     def _returning(self, sizes: Sequence[int]) -> int:
-        """Bytes that a ring which only takes part in backward passes copies in: it ends with blocks 0 .. s - 1 and begins with the
-        last s, so where these overlap the block is there."""
+        """Bytes that a ring which only takes part in backward passes copies in: it ends with blocks 0 .. s - 1 and begins with
+        the last s, so where these overlap the block is there."""
         return sum(sizes) - sum(sizes[len(sizes) - self.slots:self.slots])
 
     @property
@@ -377,15 +349,16 @@ class Needs:
     def time(self, card: Card) -> Time:
         """On one ``card``, of one optimizer step."""
         micro, measured = self.fixed.micro_batches, self.measured
-        forward = micro * _seconds(measured.forward, card)
-        backward = micro * _seconds(measured.backward + self.recompute_work, card)
-        copy_forward, copy_backward = micro * self.forward_copies.seconds(card), self.backward_copies.seconds(card)
-        moved = sum(3 * weight.size for weight in self._trained()) + 2 * sum(self.state_bytes)  # read w, g, states; write w, states
+        forward = micro * self._seconds(measured.forward, card)
+        backward = micro * self._seconds(measured.backward + self.recompute_work, card)
+        copy_forward, copy_backward = micro * self.forward_copies.seconds(card.bus), self.backward_copies.seconds(card.bus)
+        # weights, gradients and states are read, weights and states written
+        moved = sum(3 * weight.size for weight in self._trained()) + 2 * sum(self.state_bytes)
         if self.fixed.average != "no":
             moved += 12 * self._trained_count
-        return Time(max(forward, copy_forward), max(backward, copy_backward), moved / card.bandwidth, copy_forward + copy_backward,
-                    copy_forward <= forward and copy_backward <= backward)
+        return Time(max(forward, copy_forward), max(backward, copy_backward), moved / card.bandwidth,
+                    copy_forward + copy_backward, copy_forward <= forward and copy_backward <= backward)
 
-
-def _seconds(work: Work, card: Card) -> float:
-    return max(work.flops / (REACHED * card.peak) + work.traffic / card.bandwidth, work.calls * CALL_SECONDS)
+    def _seconds(self, work: Work, card: Card) -> float:
+        peak = card.single if self.fixed.single else card.peak
+        return max(work.flops / (REACHED * peak) + work.traffic / card.bandwidth, work.calls * CALL_SECONDS)

@@ -25,7 +25,8 @@ _MEANING = {
 }
 _PINNED = {"weights": "pinned: streamed blocks", "states": "pinned: their optimizer states",
            "gradients": "pinned: their gradients between micro-batches", "activations": "pinned: inputs of recomputed blocks"}
-_ORDINARY = {"program": "Python, torch and CUDA's libraries (estimate)", "average": "averaged weights", "caches": "caches in memory"}
+_ORDINARY = {"program": "Python, torch and CUDA's libraries (estimate)", "average": "averaged weights",
+             "caches": "caches in memory"}
 
 
 def describe(needs: Needs, card: Card | None) -> list[str]:
@@ -39,7 +40,8 @@ def describe(needs: Needs, card: Card | None) -> list[str]:
     disk = {name: size for name, size in needs.disk.items() if size}
     if disk:
         count = needs.fixed.checkpoints
-        lines += _section("On disk", disk, {"caches": "caches", "checkpoints": f"{count} file{'s' if count != 1 else ''} of the model"})
+        files = f"{count} file{'s' if count != 1 else ''} of the model"
+        lines += _section("On disk", disk, {"caches": "caches", "checkpoints": files})
     bus, per = needs.bus, f"{needs.flops / 1e12:.1f}" if needs.flops >= 1e11 else f"{needs.flops / 1e12:.4f}"
     lines += ["", f"A step: {per} TFLOP; over the bus {gigabytes(bus.into)} to the card and {gigabytes(bus.out)} from it"]
     if card is not None:
@@ -82,15 +84,15 @@ def cards_table(planner: Planner, needs: Needs, cards: Sequence[Card]) -> list[s
     head = ("card", "memory", "this run", "the fastest that fits", "s/step", "copies")
     rows = []
     for card in cards:
-        fits = needs.device_bytes <= card.memory
+        fits = "fits" if needs.device_bytes <= card.memory else "no"
         try:
             best = planner.choose(card.memory, card).needs
         except UserError:
-            rows.append((card.name, gigabytes(card.memory), "fits" if fits else "no", "nothing", "", ""))
+            rows.append((card.name, gigabytes(card.memory), fits, "nothing", "", ""))
             continue
         time = best.time(card)
         copies = "none" if not (best.bus.into or best.bus.out) else "hidden" if time.hidden else "waited for"
-        rows.append((card.name, gigabytes(card.memory), "fits" if fits else "no", best.setting.words(), f"{time.total:.3g}", copies))
+        rows.append((card.name, gigabytes(card.memory), fits, best.setting.words(), f"{time.total:.3g}", copies))
     return ["", "On common cards (predictions, not measurements):", *table(head, rows, wrapped=3)]
 
 

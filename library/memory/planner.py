@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from library.errors import UserError
 from library.memory.cards import Card
-from library.memory.measure import Measured
+from library.memory.measured import Measured
 from library.memory.needs import Needs
 from library.memory.setting import Fixed, Setting
 
@@ -30,7 +30,7 @@ class Choice:
     def why(self) -> str:
         slower = self.seconds / self.unlimited - 1
         cost = "as fast as with any amount of memory" if slower < 0.005 else f"{slower:.0%} slower than with any amount of memory"
-        return f"the fastest of the settings that fit: {self.seconds:.2f} s a step predicted on {self.card.name}, {cost}"
+        return f"the fastest of what fits and your flags allow: {self.seconds:.2f} s a step predicted on {self.card.name}, {cost}"
 
 
 class Planner:

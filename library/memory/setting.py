@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from library.memory.measure import Weight
+    from library.memory.measured import Weight
 
 LOOK_AHEAD = 2
 
@@ -51,8 +51,9 @@ class Setting:
         """For people, the flags by their names."""
         parts = []
         if self.recompute != "none":
-            parts.append("recompute " + ("selectively" if self.recompute == "selective" else "all") +
-                         (f", every {self.every}. block" if self.every != 1 else "") + (", inputs on the host" if self.offload else ""))
+            what = "recompute selectively" if self.recompute == "selective" else "recompute all"
+            what += f", every {self.every}. block" if self.every != 1 else ""
+            parts.append(what + (", inputs on the host" if self.offload else ""))
         if self.unit != "model":
             parts.append(f"step per {self.unit}")
         if self.streamed:
@@ -75,14 +76,15 @@ class Fixed:
 
     ``rounding``: bf16 weights are stepped through float32 stand-ins. ``average``: where averaged weights are kept, in float32.
     ``encoders``: models that stay on the card because their results are not cached; ``encoding``: those that are there before
-    training, to fill caches. ``cached``: caches in host memory. ``cached_on_disk``, ``checkpoint``: one file. ``cuda`` False:
-    the CPU is the device.
+    training, to fill caches. ``single``: products are in float32. ``cached``: caches in host memory, ``cached_on_disk`` the others.
+    ``checkpoint``: a file of the model, of which there are ``checkpoints``. ``cuda`` False: the CPU is the device.
     """
 
     optimizer: Optimizer
     micro_batches: int = 1
     ranks: int = 1
     rounding: bool = False
+    single: bool = False
     average: Literal["no", "host", "device"] = "no"
     encoders: int = 0
     encoding: int = 0

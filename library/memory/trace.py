@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from library.memory.amounts import Work
+
 # What autocast computes in float32 on CUDA and not on the CPU (torch's list, as far as denoisers use it).
 _FLOAT32_ON_CUDA = frozenset((
     F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softmax, torch.softmax, Tensor.softmax, torch.rsqrt,
@@ -27,20 +28,6 @@ _FLOAT32_ON_CUDA = frozenset((
     F.softplus, F.mse_loss, F.l1_loss))
 _NORMS = frozenset((torch.ops.aten.native_layer_norm, torch.ops.aten.native_group_norm))
 _UNWRITTEN = frozenset((torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty))
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a card has to do: ``flops`` in matrix products, convolutions and attention (2 for each multiplication with its
-    addition), the ``traffic`` of all other operations, in bytes read from and written to memory, and the number of ``calls``,
-    products included, each of which Python has to start."""
-
-    flops: int = 0
-    traffic: int = 0
-    calls: int = 0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.traffic + other.traffic, self.calls + other.calls)
 
 
 class Trace(TorchDispatchMode):

@@ -26,8 +26,8 @@ def state_bytes(name: str, args: Sequence[str]) -> Callable[[Sequence[int]], int
     @cache
     def law(matrix: bool, small: bool) -> numpy.ndarray:
         shapes = _MATRICES[small] if matrix else [(size,) for size in _VECTORS[small]]
-        measured = [_probe(name, args, shape) for shape in shapes]
-        return numpy.linalg.solve(numpy.array([_features(shape) for shape in shapes], dtype=float), numpy.array(measured, dtype=float))
+        features = numpy.array([_features(shape) for shape in shapes], dtype=float)
+        return numpy.linalg.solve(features, numpy.array([_probe(name, args, shape) for shape in shapes], dtype=float))
 
     def of(shape: Sequence[int]) -> int:
         if not shape:
