@@ -107,9 +107,9 @@ class Flux:
         return denoiser
 
     def meta_text(self, batch: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return {"t5": torch.empty(batch, self.text_tokens, self.file.text_width, dtype=dtype),
+        return {"t5": torch.zeros(batch, self.text_tokens, self.file.text_width, dtype=dtype),
                 "t5_mask": torch.ones(batch, self.text_tokens, dtype=torch.bool),
-                "clip_pooled": torch.empty(batch, self.file.pooled_width, dtype=dtype)}
+                "clip_pooled": torch.zeros(batch, self.file.pooled_width, dtype=dtype)}
 
     def encoder_parameters(self) -> Mapping[str, int]:
         parts = {"vae": self.parts.ae, "clip": self.parts.clip_l, "t5": self.parts.t5xxl}

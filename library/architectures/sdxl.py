@@ -112,8 +112,8 @@ class Sdxl:
     def meta_text(self, batch: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         length, pooled = clip_chunks.length(self.options.chunks), self.file.pooled_width
         # the second encoder's states are as wide as its pooled vector; only the sum of both widths matters
-        return {"clip_l": torch.empty(batch, length, self.file.text_width - pooled, dtype=dtype),
-                "clip_g": torch.empty(batch, length, pooled, dtype=dtype), "pooled": torch.empty(batch, pooled, dtype=dtype)}
+        return {"clip_l": torch.zeros(batch, length, self.file.text_width - pooled, dtype=dtype),
+                "clip_g": torch.zeros(batch, length, pooled, dtype=dtype), "pooled": torch.zeros(batch, pooled, dtype=dtype)}
 
     def encoder_parameters(self) -> Mapping[str, int]:
         parts = {"vae": self.parts.vae, "clip_l": self.parts.clip_l, "clip_g": self.parts.clip_g}

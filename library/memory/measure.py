@@ -44,6 +44,7 @@ def measure(module: nn.Module, blocks: Sequence[nn.Module], losses: Callable[[],
             with run.autocast(), run.trace.saved(lambda: run.saving):
                 total = losses().sum()
             run.begin_backward()
+            assert len(run.segments) == 2 * len(blocks) + 1, "a block did not run, or ran twice"
             total.backward()
             run.end()
     return Measured(_with_weights(run.segments, module, blocks), tuple(trace.sizes))
@@ -133,7 +134,9 @@ class _Run:
                 return outputs
 
             place = len(self._blocks)
-            outputs = _Block.apply(self, place, inside, *tensors)
+            # without it a block whose inputs need no gradient would seem not to train
+            anchor = torch.empty(0, requires_grad=any(parameter.requires_grad for parameter in block.parameters()))
+            outputs = _Block.apply(self, place, inside, anchor, *tensors)
             self._open_gap()
             return tree_unflatten(list(outputs), results[0])
 
@@ -151,10 +154,12 @@ class _Run:
             self._leave()
             with torch.autocast("cpu", enabled=False):
                 torch.clear_autocast_cache()
-                gradients = [torch.empty_like(output) for output in outputs]
+                graded = [output for output in outputs if output.requires_grad]
+                gradients = [torch.empty_like(output) for output in graded]
                 trace.products, trace.casts = set(), set()  # those of the backward pass are not kept for another one
                 trace.peak = before = trace.live
-                torch.autograd.backward(outputs, gradients)
+                if graded:
+                    torch.autograd.backward(graded, gradients)
                 segment.backward_peak, segment.backward = trace.peak - before, trace.take_work()
         return _Pattern.of(segment.close(), first, inputs, [output.detach() for output in outputs], structure, trace)
 
@@ -192,21 +197,22 @@ class _Run:
 
 
 class _Block(torch.autograd.Function):
+    """A block in the graph of the model, run or repeated by ``inside``. ``anchor`` needs a gradient when the block trains."""
+
     @staticmethod
-    def forward(ctx: Any, run: _Run, place: int, inside: Callable[..., list[Tensor]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, run: _Run, place: int, inside: Callable[..., list[Tensor]], anchor: Tensor,
+                *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.run, ctx.place = run, place
-        ctx.like = [(tensor.shape, tensor.dtype) if needed else None
-                    for tensor, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True)]
-        detached = [tensor.detach().requires_grad_(needed)
-                    for tensor, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True)]
-        return tuple(inside(*detached))
+        needed = ctx.needs_input_grad[4:]
+        ctx.like = [(tensor.shape, tensor.dtype) if need else None for tensor, need in zip(inputs, needed, strict=True)]
+        return tuple(inside(*(tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, needed, strict=True))))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple:
         ctx.run.enter_block_backward(ctx.place)
         back = [torch.empty(like[0], dtype=like[1]) if like else None for like in ctx.like]
         ctx.run.leave_block_backward()
-        return None, None, None, *back
+        return None, None, None, None, *back
 
 
 @dataclass(frozen=True)
@@ -291,7 +297,6 @@ def _without_memory(module: nn.Module) -> None:
 
 def _with_weights(segments: Sequence[Segment], module: nn.Module, blocks: Sequence[nn.Module]) -> tuple[Segment, ...]:
     """Each block with its parameters and buffers; those of the rest count for the first gap, where their gradients end."""
-    assert len(segments) == 2 * len(blocks) + 1, "a block did not run, or ran twice"
     seen: set[int] = set()
 
     def weights(part: nn.Module) -> tuple[Weight, ...]:

@@ -24,7 +24,8 @@ out in the last backward pass; sums of gradients come in for every micro-batch b
 last.
 
 Seconds. A product of f operations takes f / (REACHED F) on a card of F per second (in the dtype of products), anything else its
-traffic / W, where W is the memory bandwidth; a pass takes at least CALL_SECONDS for each call that Python has to make, and at least as long as its copies:
+traffic / W, where W is the memory bandwidth; a pass takes at least CALL_SECONDS for each call that Python has to make, and at
+least as long as its copies:
 
     T = m max(forward, in_f / B) + m max(backward + recompute, max(in_b, out_b) / B) + update
 

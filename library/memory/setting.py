@@ -76,8 +76,8 @@ class Fixed:
 
     ``rounding``: bf16 weights are stepped through float32 stand-ins. ``average``: where averaged weights are kept, in float32.
     ``encoders``: models that stay on the card because their results are not cached; ``encoding``: those that are there before
-    training, to fill caches. ``single``: products are in float32. ``cached``: caches in host memory, ``cached_on_disk`` the others.
-    ``checkpoint``: a file of the model, of which there are ``checkpoints``. ``cuda`` False: the CPU is the device.
+    training, to fill caches. ``single``: products are in float32. ``cached``: caches in host memory, ``cached_on_disk`` the
+    others. ``checkpoint``: a file of the model, of which there are ``checkpoints``. ``cuda`` False: the CPU is the device.
     """
 
     optimizer: Optimizer

@@ -24,7 +24,8 @@ def model(blocks: int = BLOCKS, weight: Weight = WEIGHT) -> Measured:
 
     for _ in range(blocks):
         given, between, product = storage(8 * MIB), storage(4 * MIB), storage(16 * MIB)
-        segments += [Segment("Block", (weight,), frozenset((given, between, product)), frozenset((given,)), frozenset((product,)),
-                             frozenset(), Work(10**12, 10**8, 10), Work(2 * 10**12, 2 * 10**8, 20), 30 * MIB, 3 * MIB, MIB, 8 * MIB),
-                     Segment("gap")]
+        block = Segment("Block", (weight,), frozenset((given, between, product)), frozenset((given,)), frozenset((product,)),
+                        forward=Work(10**12, 10**8, 10), backward=Work(2 * 10**12, 2 * 10**8, 20),
+                        forward_peak=30 * MIB, backward_peak=3 * MIB, carried=MIB, output_bytes=8 * MIB)
+        segments += [block, Segment("gap")]
     return Measured(tuple(segments), tuple(sizes))
