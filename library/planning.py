@@ -101,8 +101,12 @@ class RunPlan:
                 f"{self.planner.fixed.optimizer.name}", f"  {needs.setting.words()}"]
         notes = [line for note in self.notes
                  for line in textwrap.wrap(note, WIDTH - 2, initial_indent="- ", subsequent_indent="  ")]
-        lines = [*head, *describe(needs, self.card), *cards_table(self.planner, needs, CARDS)]
+        lines = [*head, *describe(needs, self.card), *self._cards(needs)]
         return "\n".join([*lines, *(["", *notes] if notes else []), "", "No weights were read, and nothing was trained."])
+
+    def _cards(self, needs: Needs) -> list[str]:
+        """What would fit elsewhere, whatever flags were given here."""
+        return cards_table(Planner(self.measured, self.planner.fixed, offered), needs, CARDS)
 
     def _fixed(self, items: Items, training: Sequence[str]) -> Fixed:
         config, arch = self.config, self._arch

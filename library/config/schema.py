@@ -8,11 +8,16 @@ captions and caches stand in ``data_options.py``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from library.config.check import Problem, conflict
 from library.config.values import flag, read_bytes, read_warmup, to_bytes
+
+if TYPE_CHECKING:
+    from library.config.parse import Config
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,11 @@ class MemoryOptions:
     plan: bool = flag(False, "print what the run would need of memory, disk and time, and exit: no weights are read", saved=False)
     vram_budget: str | None = flag(None, "memory of the graphics card that may be used; of the settings above, those are chosen "
                                    "that fit and cost the least time", metavar="12GB", read=read_bytes)
+
+    def problems(self, config: Config) -> Iterator[Problem]:
+        """Two pages of which only one can be shown."""
+        if self.plan and config.dataset.debug_dataset:
+            yield conflict(config, "plan debug_dataset", "shows something else than --debug_dataset", "leave one of the two out")
 
     @property
     def vram_budget_bytes(self) -> int | None:

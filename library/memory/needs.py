@@ -50,7 +50,7 @@ ROUNDING_CHUNK = 256 * 1024**2  # float32 weights that are stepped at a time, un
 ROUNDING_DRAWS = 2 * 4 * 16 * 1024**2  # random integers, and the numbers they are added to
 CONTEXT = 600_000_000  # what CUDA, cuBLAS and cuDNN take for themselves: an estimate, 0.4 to 0.7 GB on current drivers
 FRAGMENTS = 0.03  # of what comes and goes during a step: an estimate of what the allocator cannot use
-HOST_PROGRAM = 3_000_000_000  # Python, torch with its CUDA libraries, data loader: an estimate
+HOST_PROGRAM = {True: 3_000_000_000, False: 600_000_000}  # Python and torch, with and without CUDA's libraries: an estimate
 REACHED = 0.75  # of a card's peak in large products: typical of cuBLAS
 CALL_SECONDS = 8e-6  # eager torch, one operation
 
@@ -297,7 +297,7 @@ class Needs:
     @cached_property
     def ordinary(self) -> Mapping[str, int]:
         """Ordinary host memory, of one process: part -> bytes. On a CPU what the device holds comes to it."""
-        return {"program": HOST_PROGRAM, "average": 4 * self._trained_count if self.fixed.average == "host" else 0,
+        return {"program": HOST_PROGRAM[self.fixed.cuda], "average": 4 * self._trained_count if self.fixed.average == "host" else 0,
                 "caches": self.fixed.cached}
 
     @property

@@ -25,7 +25,7 @@ _MEANING = {
 }
 _PINNED = {"weights": "pinned: streamed blocks", "states": "pinned: their optimizer states",
            "gradients": "pinned: their gradients between micro-batches", "activations": "pinned: inputs of recomputed blocks"}
-_ORDINARY = {"program": "Python, torch and CUDA's libraries (estimate)", "average": "averaged weights",
+_ORDINARY = {"program": "Python, torch and its libraries (estimate)", "average": "averaged weights",
              "caches": "caches in memory"}
 
 
