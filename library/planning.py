@@ -85,7 +85,7 @@ class RunPlan:
     def advice(self) -> str:
         """One line for a run that ran out of memory: what to change, and what that would save."""
         needs = self.needs
-        line = self.planner.advise(needs.setting, self.card or with_memory(needs.device_bytes))
+        line = Planner(self.measured, self.planner.fixed, offered).advise(needs.setting, self.card or with_memory(needs.device_bytes))
         if line is None and _samples(self.largest) > 1:
             line = f"lower the batch size from {self.largest.batch_size}"
         return line or "lower the resolution, or use an optimizer with smaller states such as Adafactor"
@@ -135,7 +135,7 @@ def advice_for(error: Exception, plan: Callable[[], RunPlan]) -> UserError | Non
     """What to say in place of an error of torch that means that the card's memory was too small; None for all other errors."""
     if type(error).__name__ != "OutOfMemoryError":
         return None
-    return UserError(f"out of memory on the device: {str(error).splitlines()[0]}", remedy=plan().advice())
+    return UserError(f"out of memory on the device: {str(error).splitlines()[0].rstrip('.')}", remedy=plan().advice())
 
 
 def _this_card() -> Card | None:
