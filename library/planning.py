@@ -85,7 +85,8 @@ class RunPlan:
     def advice(self) -> str:
         """One line for a run that ran out of memory: what to change, and what that would save."""
         needs = self.needs
-        line = Planner(self.measured, self.planner.fixed, offered).advise(needs.setting, self.card or with_memory(needs.device_bytes))
+        planner = Planner(self.measured, self.planner.fixed, offered)  # a flag that was given may have been a mistake
+        line = planner.advise(needs.setting, self.card or with_memory(needs.device_bytes))
         if line is None and _samples(self.largest) > 1:
             line = f"lower the batch size from {self.largest.batch_size}"
         return line or "lower the resolution, or use an optimizer with smaller states such as Adafactor"

@@ -297,8 +297,8 @@ class Needs:
     @cached_property
     def ordinary(self) -> Mapping[str, int]:
         """Ordinary host memory, of one process: part -> bytes. On a CPU what the device holds comes to it."""
-        return {"program": HOST_PROGRAM[self.fixed.cuda], "average": 4 * self._trained_count if self.fixed.average == "host" else 0,
-                "caches": self.fixed.cached}
+        average = 4 * self._trained_count if self.fixed.average == "host" else 0
+        return {"program": HOST_PROGRAM[self.fixed.cuda], "average": average, "caches": self.fixed.cached}
 
     @property
     def disk(self) -> Mapping[str, int]:
