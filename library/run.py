@@ -11,8 +11,9 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.architectures.base import NO_ENCODERS
 from library.checkpoint.metadata import thumbnail_url
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from library.optim.groups import Group
     from library.report.report import Report
     from library.run_metadata import Facts
+    from library.planning import RunPlan
 
 CAPTIONS_COUNTED = 2000  # the longest ones: about a second
 
@@ -79,12 +81,18 @@ def run(entry: Entry, config: Config) -> None:
     uploader = open_uploader(config)
     method = importlib.import_module(entry.method)
     general, optimizer = config.general, config.optimizer
+    plan_memory = lru_cache(lambda: open_plan(config, data, arch, method))
+    if config.memory.plan:
+        return show_plan(plan_memory)
+    config = fit_budget(config, plan_memory)
 
     from library import states
     from library.build import build_task, loading_device, open_average, open_engine, weights_dtype
     from library.loop import train
     from library.optim.groups import named_parameters
+    from library.memory.report import beside_plan
     from library.outputs import Outputs
+    from library.planning import advice_for
 
     runtime = join(config, data)
     saved = states.find(config, runtime)
@@ -133,10 +141,12 @@ def run(entry: Entry, config: Config) -> None:
                 done = train(task, stop, outputs.after_step)
             except Exception as error:
                 outputs.rescue(error)
-                raise
+                raise advice_for(error, plan_memory) or error
             outputs.finish(done, stop.signal_name)
             stop.settled = True
             outputs.draw_curve(done)
+        if config.memory.vram_budget:
+            log.info(beside_plan(plan_memory().needs, runtime.device))
     runtime.close()
 
 
@@ -152,6 +162,32 @@ def show_data(entry: Entry, config: Config) -> None:
                      training.gradient_accumulation_steps, int(os.environ.get("WORLD_SIZE") or 1))
     tell(page.write(path, scanned, facts, lambda: open_meter(entry, config)))
     log.info("the data is shown in %s; nothing was trained", path)
+
+
+def open_plan(config: Config, data: DataPlan, arch: Architecture, method: Any) -> RunPlan:
+    """What the run needs; ``--plan`` is about graphics cards, whether there is one here or not."""
+    import torch
+
+    from library.planning import RunPlan
+
+    cuda = config.memory.plan or torch.cuda.is_available()
+    return RunPlan(config, data.items, data.batch_sizes, arch, method.prepare, cuda)
+
+
+def show_plan(plan_memory: Callable[[], RunPlan]) -> None:
+    """Print the table of ``--plan``."""
+    if os.environ.get("RANK", "0") == "0":
+        print(plan_memory().text(), flush=True)
+
+
+def fit_budget(config: Config, plan_memory: Callable[[], RunPlan]) -> Config:
+    """``config`` with the memory flags that ``--vram_budget`` chooses. UserError when nothing fits."""
+    if not config.memory.vram_budget:
+        return config
+    plan = plan_memory()
+    for note in plan.notes:
+        log.info(note)
+    return plan.config
 
 
 def open_meter(entry: Entry, config: Config) -> TokenMeter:

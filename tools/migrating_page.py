@@ -88,6 +88,9 @@ NEW: dict[str, str] = {
     "text_cache_variants": "shuffled captions, dropped tags and wildcards together with cached text encoder outputs",
     "recursive": "pictures in subfolders",
     "skip_image_resolution": "pictures that are too small to learn from need not be sorted out by hand",
+    "plan": "see what a run would need of memory, disk and time, and what would fit, before anything is read: "
+            "[memory.md](memory.md)",
+    "vram_budget": "let the memory flags be chosen that fit a card and cost the least time",
     "clip_l_tokenizer": "train without a connection to the hub",
     "clip_g_tokenizer": "train without a connection to the hub",
     "t5xxl_tokenizer": "train without a connection to the hub",

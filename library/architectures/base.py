@@ -119,6 +119,15 @@ class Architecture(Protocol):
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module: ...
 
+    def meta_denoiser(self, dtype: torch.dtype) -> nn.Module:
+        """What ``load_denoiser`` gives, without weights: parameters on meta, in ``dtype``. Takes no memory worth mentioning."""
+
+    def meta_text(self, batch: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Tensors like those of ``encode_text`` for ``batch`` captions, of all encoders together, with any values."""
+
+    def encoder_parameters(self) -> Mapping[str, int]:
+        """How many numbers the autoencoder (``vae``) and each text encoder consist of, from their headers."""
+
     def encode_image(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32, shifted and scaled as the denoiser expects."""
 

@@ -14,6 +14,11 @@ CONTEXT = 77  # begin, 75 tokens of the caption, end
 ROOM = CONTEXT - 2
 
 
+def length(chunks: int) -> int:
+    """Tokens of ``chunks`` chunks that were joined."""
+    return ROOM * chunks + 2
+
+
 @dataclass(frozen=True)
 class Chunks:
     """``ids`` (B, n, 77) int64 and ``weights`` (B, n, 77) float32 on the CPU."""

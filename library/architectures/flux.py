@@ -18,12 +18,13 @@ from library.architectures.attention import route
 from library.architectures.base import DENOISER, TextEncoders
 from library.architectures.clip import load_clip
 from library.architectures.flux_call import keep_time_exact, predict
-from library.architectures.flux_models import load_transformer, load_vae
+from library.architectures.flux_models import build_transformer, load_transformer, load_vae
 from library.architectures.flux_options import FluxOptions
 from library.architectures.flux_parts import TOKENIZERS, open_parts, open_tokenizers
 from library.architectures.flux_preview import sample
 from library.architectures.flux_text import Tokenizers, encode_text
 from library.architectures.flux_tokens import read_token_meter
+from library.architectures.loading import parameter_count, without_weights
 from library.architectures.t5 import load_t5
 from library.architectures.tokenizers import load_tokenizer, tokenizer_identity
 from library.architectures.vae import encode_image
@@ -102,6 +103,20 @@ class Flux:
         denoiser = load_transformer(self.file, dtype, device)
         keep_time_exact(denoiser)
         return denoiser if self.attention == "torch" else route(denoiser, self.attention)
+
+    def meta_denoiser(self, dtype: torch.dtype) -> nn.Module:
+        denoiser = without_weights(lambda: build_transformer(self.file), dtype)
+        keep_time_exact(denoiser)
+        return denoiser
+
+    def meta_text(self, batch: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {"t5": torch.zeros(batch, self.text_tokens, self.file.text_width, dtype=dtype),
+                "t5_mask": torch.ones(batch, self.text_tokens, dtype=torch.bool),
+                "clip_pooled": torch.zeros(batch, self.file.pooled_width, dtype=dtype)}
+
+    def encoder_parameters(self) -> Mapping[str, int]:
+        parts = {"vae": self.parts.ae, "clip": self.parts.clip_l, "t5": self.parts.t5xxl}
+        return {name: parameter_count(source) for name, source in parts.items()}
 
     def encode_image(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         return encode_image(vae, pixels)

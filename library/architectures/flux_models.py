@@ -5,6 +5,7 @@ CLIP-L is loaded by ``clip.load_clip`` and T5 by ``t5.load_t5`` as they are.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +27,15 @@ def load_transformer(file: FluxFile, dtype: torch.dtype | None, device: torch.de
 
     UserError: keys missing or left over, wrong shapes.
     """
+    layouts = [flux_keys.TRANSFORMER] if file.layout == "bfl" else []
+    return load(partial(build_transformer, file, axes_dims_rope), file.source, layouts, dtype, device, "transformer")
+
+
+def build_transformer(file: FluxFile, axes_dims_rope: tuple[int, int, int] | None = None) -> nn.Module:
+    """``FluxTransformer2DModel`` as the file's shapes ask for, with weights of its own."""
     from diffusers import FluxTransformer2DModel
 
-    config = transformer_config(file, axes_dims_rope)
-    layouts = [flux_keys.TRANSFORMER] if file.layout == "bfl" else []
-    return load(lambda: FluxTransformer2DModel(**config), file.source, layouts, dtype, device, "transformer")
+    return FluxTransformer2DModel(**transformer_config(file, axes_dims_rope))
 
 
 def transformer_config(file: FluxFile, axes_dims_rope: tuple[int, int, int] | None = None) -> dict[str, Any]:

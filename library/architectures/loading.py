@@ -7,6 +7,7 @@ counts) follows the published models' rule, or a ``config.json`` beside the weig
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,20 @@ def load(factory: Callable[[], nn.Module], source: Source, layouts: Iterable[Key
     """
     module = build_on_meta(factory).eval().requires_grad_(False)
     return load_module(module, source, fitting(module, source, layouts), dtype=dtype, device=device, place=place)
+
+
+def without_weights(factory: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """``factory()`` in eval mode, nothing trainable yet, its parameters on meta in ``dtype``: what ``load`` would fill."""
+    module = build_on_meta(factory).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def parameter_count(source: Source) -> int:
+    """Numbers in the file; a table of words that stands there twice, under two names, counts once."""
+    tied = "encoder.embed_tokens.weight" if "shared.weight" in source.tensors else ""
+    return sum(math.prod(info.shape) for name, info in source.tensors.items() if name != tied)
 
 
 def fitting(module: nn.Module, source: Source, layouts: Iterable[KeyMap]) -> BoundMap:

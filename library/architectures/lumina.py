@@ -21,8 +21,9 @@ from library.architectures import lumina_call, lumina_text
 from library.architectures.attention import route
 from library.architectures.base import DENOISER, TextEncoders
 from library.architectures.gemma import load_gemma
+from library.architectures.loading import parameter_count, without_weights
 from library.architectures.lumina_export import save, saved_bytes
-from library.architectures.lumina_models import load_transformer, load_vae
+from library.architectures.lumina_models import build_transformer, load_transformer, load_vae, prepare
 from library.architectures.lumina_options import LuminaOptions
 from library.architectures.lumina_parts import CHANNELS, IMAGE_2, TOKENIZER, open_parts, open_tokenizer
 from library.architectures.lumina_preview import sample
@@ -82,6 +83,18 @@ class Lumina:
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         # routed in any case: both modules hand masks to attention that hide nothing
         return route(load_transformer(self.file, dtype, device, self.options.gemma2_max_token_length), self.attention)
+
+    def meta_denoiser(self, dtype: torch.dtype) -> nn.Module:
+        denoiser = without_weights(lambda: build_transformer(self.file, self.options.gemma2_max_token_length), dtype)
+        return route(prepare(denoiser, self.file), self.attention)
+
+    def meta_text(self, batch: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        length = self.options.gemma2_max_token_length
+        return {lumina_text.NAME: torch.zeros(batch, length, self.file.text_width, dtype=dtype),
+                lumina_text.TRIM[lumina_text.NAME]: torch.ones(batch, length, dtype=torch.bool)}
+
+    def encoder_parameters(self) -> Mapping[str, int]:
+        return {"vae": parameter_count(self.parts.ae), "gemma": parameter_count(self.parts.gemma)}
 
     def encode_image(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         return encode_image(vae, pixels)

@@ -31,14 +31,20 @@ def load_transformer(file: LuminaFile, dtype: torch.dtype | None, device: torch.
     """
     module = load(lambda: build_transformer(file, text_tokens, axes_dims_rope), file.source, layouts(file), dtype, device,
                   "transformer")
+    if file.family != IMAGE_2 and file.layout == "diffusers":
+        _refuse_untied(file.source)
+    return prepare(module, file)
+
+
+def prepare(module: nn.Module, file: LuminaFile) -> nn.Module:
+    """What the modules of diffusers need on top, on the device where they are."""
     if file.family == IMAGE_2:
         # The tables are no buffers, so nothing has moved them. As published they are complex64; diffusers computes them in
         # double precision and keeps that, which makes every rotation a double-precision product.
         rope = module.rope_embedder
+        device = next(module.parameters()).device
         rope.freqs_cis = [table.to(device, torch.complex64) for table in rope.freqs_cis]
     else:
-        if file.layout == "diffusers":
-            _refuse_untied(file.source)
         # It makes a mask of ones for the picture, as numbers, which each layer turns into one of its own; as truth values all
         # layers share it, and ``attention.py`` finds out once that it hides nothing.
         module.patch_embedder.register_forward_hook(_with_shared_mask)

@@ -18,8 +18,9 @@ from torch import nn
 from library.architectures import sd3_call, sd3_text
 from library.architectures.attention import route
 from library.architectures.base import TextEncoders
+from library.architectures.loading import parameter_count, without_weights
 from library.architectures.sd3_export import save, saved_bytes
-from library.architectures.sd3_models import load_encoder, load_transformer, load_vae, text_blocks
+from library.architectures.sd3_models import build_transformer, load_encoder, load_transformer, load_vae, text_blocks
 from library.architectures.sd3_options import Sd3Options
 from library.architectures.sd3_parts import TOKENIZERS, open_parts, open_tokenizers
 from library.architectures.sd3_preview import sample
@@ -100,6 +101,19 @@ class Sd3:
         denoiser = load_transformer(self.file, dtype, device)
         sd3_call.install_positions(denoiser, self.options.enable_scaled_pos_embed)
         return denoiser if self.attention == "torch" else route(denoiser, self.attention)
+
+    def meta_denoiser(self, dtype: torch.dtype) -> nn.Module:
+        denoiser = without_weights(lambda: build_transformer(self.file), dtype)
+        sd3_call.install_positions(denoiser, self.options.enable_scaled_pos_embed)
+        return denoiser
+
+    def meta_text(self, batch: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """T5's states; ``context`` makes zeros of the right shapes of what is not there."""
+        shape = (batch, self.options.t5xxl_max_token_length, self.file.text_width)
+        return {"t5xxl": torch.zeros(shape, dtype=dtype)} if "t5xxl" in self.text_encoders else {}
+
+    def encoder_parameters(self) -> Mapping[str, int]:
+        return {name: parameter_count(source) for name, source in {"vae": self.parts.vae, **self.parts.encoders}.items()}
 
     def encode_image(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         return encode_image(vae, pixels)

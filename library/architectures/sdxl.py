@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from library.architectures import clip_states, sdxl_call, sdxl_text
+from library.architectures import clip_chunks, clip_states, sdxl_call, sdxl_text
 from library.architectures.attention import route
 from library.architectures.base import DENOISER, TextEncoders
+from library.architectures.loading import parameter_count, without_weights
 from library.architectures.sdxl_export import save, saved_bytes
-from library.architectures.sdxl_models import load_clip_g, load_clip_l, load_unet, load_vae
+from library.architectures.sdxl_models import build_unet, load_clip_g, load_clip_l, load_unet, load_vae
 from library.architectures.sdxl_options import SdxlOptions
 from library.architectures.sdxl_parts import TOKENIZER, TOKENIZER_2, open_parts, open_tokenizer
 from library.architectures.sdxl_preview import sample
@@ -107,6 +108,19 @@ class Sdxl:
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         denoiser = load_unet(self.file, dtype, device)
         return denoiser if self.attention == "torch" else route(denoiser, self.attention)
+
+    def meta_denoiser(self, dtype: torch.dtype) -> nn.Module:
+        return without_weights(lambda: build_unet(self.file), dtype)
+
+    def meta_text(self, batch: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        length, pooled = clip_chunks.length(self.options.chunks), self.file.pooled_width
+        # the second encoder's states are as wide as its pooled vector; only the sum of both widths matters
+        return {"clip_l": torch.zeros(batch, length, self.file.text_width - pooled, dtype=dtype),
+                "clip_g": torch.zeros(batch, length, pooled, dtype=dtype), "pooled": torch.zeros(batch, pooled, dtype=dtype)}
+
+    def encoder_parameters(self) -> Mapping[str, int]:
+        parts = {"vae": self.parts.vae, "clip_l": self.parts.clip_l, "clip_g": self.parts.clip_g}
+        return {name: parameter_count(source) for name, source in parts.items()}
 
     def encode_image(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         return encode_image(vae, pixels)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from library.config.check import Problem, conflict
-from library.config.values import flag
+from library.config.values import flag, read_bytes, to_bytes
 
 if TYPE_CHECKING:
     from library.config.parse import Config
@@ -32,6 +32,13 @@ class MemoryOptions:
     stream_optimizer_states: bool = flag(False, "with blocks_to_swap: optimizer states wait in CPU memory with their block")
     fused_backward_pass: bool = flag(False, "update each weight, and give up its gradient, as soon as that is known")
     blockwise_fused_optimizers: bool = flag(False, "the same for each block as a whole: fewer, larger updates")
+    plan: bool = flag(False, "print what the run would need of memory, disk and time, and exit: no weights are read", saved=False)
+    vram_budget: str | None = flag(None, "memory of the graphics card that may be used; of the settings above, those are chosen "
+                                   "that fit and cost the least time", metavar="12GB", read=read_bytes)
+
+    @property
+    def vram_budget_bytes(self) -> int | None:
+        return to_bytes(self.vram_budget) if self.vram_budget else None
 
     @property
     def unit(self) -> Literal["parameter", "block"] | None:
@@ -53,6 +60,8 @@ class MemoryOptions:
     def problems(self, config: Config) -> Iterator[Problem]:
         """Combinations that cannot work, or of which one would do nothing."""
         changed = config.changed()
+        if self.plan and config.dataset.debug_dataset:
+            yield conflict(config, "plan debug_dataset", "shows something else than --debug_dataset", "leave one of the two out")
         if self.fused_backward_pass and self.blockwise_fused_optimizers:
             yield conflict(config, "fused_backward_pass blockwise_fused_optimizers", "contradicts --blockwise_fused_optimizers",
                            "leave one of the two out; --blockwise_fused_optimizers is faster, --fused_backward_pass smaller")
@@ -71,6 +80,9 @@ class MemoryOptions:
             if name in changed and not self.recomputes:
                 yield conflict(config, f"{name} gradient_checkpointing", "has no effect without --gradient_checkpointing",
                                "add --gradient_checkpointing, or leave it out")
+        if self.blocks_to_swap and self.recompute_every > 1:
+            yield conflict(config, "recompute_every blocks_to_swap", "blocks that are streamed must be recomputed, each of them",
+                           "leave --recompute_every out")
         if self.recompute_policy == "selective" and self.cpu_offload_checkpointing:
             yield conflict(config, "recompute_policy cpu_offload_checkpointing", "keeps on the device what "
                            "--cpu_offload_checkpointing is there to move away", "leave one of the two out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -146,6 +147,24 @@ def read_range(value: Any) -> str:
     if not 0 < low <= high < math.inf:
         raise ValueError("two numbers above 0, the smaller one first", "write LO,HI, for instance 2.0,4.0")
     return f"{show(low)},{show(high)}"
+
+
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def read_bytes(value: Any) -> str:
+    """An amount of memory with its unit, as ``12GB`` (10^9 bytes) or ``11.5GiB`` (2^30), in a canonical form."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]+)\s*", value) if isinstance(value, str) else None
+    unit = match and {name.lower(): name for name in _UNITS}.get(match[2].lower())
+    if not unit or float(match[1]) == 0:
+        raise ValueError("an amount of memory", "write a number and a unit, for instance 12GB or 11.5GiB")
+    return f"{show(float(match[1]))}{unit}"
+
+
+def to_bytes(text: str) -> int:
+    """Of the canonical form."""
+    unit = text.lstrip("0123456789.")
+    return int(float(text.removesuffix(unit)) * _UNITS[unit])
 
 
 def read_suffixes(value: Any) -> str:

@@ -9,8 +9,9 @@ import pytest
 from flux_train import ENTRY
 from library.config.data_options import INTERPOLATIONS, CachingOptions, DatasetOptions
 from library.config.flow_options import FlowOptions
-from library.config.schema import LoggingOptions, PrecisionOptions, SavingOptions
-from library.config.values import read_class_name, read_range, read_size, read_suffixes, read_warmup, show, toml_text
+from library.config.schema import LoggingOptions, MemoryOptions, PrecisionOptions, SavingOptions
+from library.config.values import (read_bytes, read_class_name, read_range, read_size, read_suffixes, read_warmup, show,
+                                   to_bytes, toml_text)
 from tools import migrating_page, options_page
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,15 @@ def test_ranges():
     for wrong in ("4,2", "0,1", "-1,2", "2", "1,2,3", "a,b", [1], [True, 2], 3, "nan,2", "1,inf", ["1", None]):
         with pytest.raises(ValueError):
             read_range(wrong)
+
+
+def test_amounts_of_memory():
+    assert [read_bytes(one) for one in ("12GB", " 11.50 gib", "800mb", "2.TB")] == ["12GB", "11.5GiB", "800MB", "2TB"]
+    assert [to_bytes(one) for one in ("12GB", "11.5GiB", "800MB")] == [12 * 10**9, 23 * 2**29, 8 * 10**8]
+    assert MemoryOptions(vram_budget="12GB").vram_budget_bytes == 12 * 10**9 and MemoryOptions().vram_budget_bytes is None
+    for wrong in ("12", 12, "GB", "-1GB", "0GB", "12 G B", "1,5GB", True, "12GBs"):
+        with pytest.raises(ValueError):
+            read_bytes(wrong)
 
 
 def test_suffixes():
