@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model and pictures: makes .venv, installs, builds a toy checkpoint with the true structure of
-# FLUX.1 (or of SDXL or SD3: bash quickstart.sh sdxl), and trains it on twelve real photographs with the same command that trains
-# the real model. Needs Python 3.11 or newer and a few minutes; no GPU and no downloads besides the packages.
+# FLUX.1 (or of SDXL, SD3, Lumina: bash quickstart.sh sdxl), and trains it on twelve real photographs with the same command that
+# trains the real model. Needs Python 3.11 or newer and a few minutes; no GPU and no downloads besides the packages.
 set -eu
 cd "$(dirname "$0")"
 
 MODEL=flux
 case "${1:-}" in
-    flux | sdxl | sd3) MODEL=$1; shift ;;
+    flux | sdxl | sd3 | lumina) MODEL=$1; shift ;;
     -* | "") ;; # flags of the training script
-    *) echo "error: no quickstart for '$1'; use: bash quickstart.sh [flux|sdxl|sd3] [flags of the training script]" >&2; exit 2 ;;
+    *) echo "error: no quickstart for '$1'; use: bash quickstart.sh [flux|sdxl|sd3|lumina] [flags of the script]" >&2; exit 2 ;;
 esac
 case $MODEL in
     flux) OUT=output/quickstart TITLE=FLUX.1-dev LAYOUT="FLUX.1 single-file layout" ;;
     sdxl) OUT=output/quickstart_sdxl TITLE=SDXL LAYOUT="SDXL single-file layout, everything in it" ;;
     sd3) OUT=output/quickstart_sd3 TITLE=SD3 LAYOUT="SD3 single-file layout" ;;
+    lumina) OUT=output/quickstart_lumina TITLE="Lumina-Image 2.0" LAYOUT="Lumina-Image 2.0 single-file layout" ;;
 esac
 
 source tools/environment.sh

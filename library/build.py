@@ -12,8 +12,10 @@ from torch import nn
 from library.architectures.base import Architecture, TextEncoders
 from library.config.memory_options import MemoryOptions
 from library.config.parse import Config
+from library.config.state_options import EmaOptions
 from library.data.plan import StepPlan
 from library.dist import Runtime
+from library.ema import Ema
 from library.encode import Encoded
 from library.errors import UserError
 from library.log import log
@@ -26,7 +28,7 @@ from library.memory.schedule import evenly
 from library.memory.streaming import Streaming
 from library.memory.transport import open_transport
 from library.optim import rounding, table
-from library.optim.groups import Group, assert_partition
+from library.optim.groups import Group, assert_partition, named_parameters
 from library.optim.schedule import Schedule
 from library.optim.updater import StepAfterBackward
 
@@ -83,7 +85,7 @@ def open_engine(options: MemoryOptions, arch: Architecture, denoiser: nn.Module,
 
 def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: nn.Module, encoders: TextEncoders,
                groups: list[Group], engine: Engine, encoded: Encoded, plan: StepPlan, rates: Schedule,
-               total_steps: int) -> Task:
+               total_steps: int, ema: Ema | None) -> Task:
     """All that a step needs. ``encoders``: those that train."""
     trained = {"": denoiser, **encoders.modules}
     assert_partition(groups, ((f"{prefix}.{name}", parameter) for prefix, module in trained.items()
@@ -108,7 +110,18 @@ def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: n
         total_steps=total_steps,
         workers=config.dataset.workers(latents_cached=encoded.train.latents is not None),
         scaler=torch.amp.GradScaler(runtime.device.type) if config.precision.mixed_precision == "fp16" else None,
+        ema=ema,
+        readable=engine.readable,
     )
+
+
+def open_average(options: EmaOptions, groups: Sequence[Group], engine: Engine) -> Ema | None:
+    """The running average of what trains, where one is asked for."""
+    if not options.ema_decay:
+        return None
+    with engine.readable():
+        device = torch.device("cpu") if options.ema_device == "cpu" else None
+        return Ema(named_parameters(groups), options.ema_decay, device, lagged=False if engine.streaming else None)
 
 
 def build_updater(config: Config, groups: Sequence[Group], engine: Engine, rates: Schedule,

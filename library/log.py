@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,32 @@ from tqdm import tqdm
 LOGGER_NAME = "kiln"
 log = logging.getLogger(LOGGER_NAME)
 
-CSV_FIELDS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds", "images_per_second", "peak_bytes",
-              "validation_loss")
+CSV_FIELDS = ("step", "epoch", "loss", "mean_loss", "learning_rate", "grad_norm", "seconds", "images_per_second", "data_wait",
+              "mfu", "peak_bytes", "validation_loss")
 
 
-def setup_logging(level: str, file: Path | None, simple: bool, is_main: bool) -> None:
-    """Messages of the first rank go to ``file`` or stderr; other ranks speak from level ERROR on."""
+class _Formatter(logging.Formatter):
+    """Whatever a message or an exception quotes, ``secrets`` are not in it."""
+
+    def __init__(self, simple: bool, secrets: Iterable[str]):
+        super().__init__("%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+        self.secrets = tuple(secrets)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without(self.secrets, super().format(record))
+
+
+def without(secrets: Iterable[str], text: str) -> str:
+    """``text`` with a mark in place of every secret."""
+    for secret in secrets:
+        text = text.replace(secret, "[secret]")
+    return text
+
+
+def setup_logging(level: str, file: Path | None, simple: bool, is_main: bool, secrets: Iterable[str] = ()) -> None:
+    """Messages of the first rank go to ``file`` or stderr, without ``secrets``; other ranks speak from level ERROR on."""
     handler: logging.Handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace") if file else _TqdmHandler()
-    handler.setFormatter(logging.Formatter("%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter(simple, secrets))
     for old in list(log.handlers):
         log.removeHandler(old)
         old.close()
@@ -52,13 +70,13 @@ class Progress:
         self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True,
                         disable=not self.terminal, smoothing=0.1)
         self.first_step, self.started, self.spoke = first_step, time.monotonic(), time.monotonic()
-        self.mean_loss: float | None = None
 
-    def update(self, step: int, loss: float, seconds: float, images: int, peak_bytes: int) -> None:
-        """After step number ``step`` (counted from 1) of ``images`` pictures over all ranks."""
-        self.mean_loss = loss if self.mean_loss is None else 0.95 * self.mean_loss + 0.05 * loss
-        facts = (f"loss {self.mean_loss:.4f}, {seconds:.3g} s/step, {images / max(seconds, 1e-9):.3g} images/s, "
-                 f"peak {peak_bytes / 2**30:.2f} GiB")
+    def update(self, step: int, loss: float, seconds: float, images: int, peak_bytes: int, data_wait: float = 0.0) -> None:
+        """After step number ``step`` (counted from 1) of ``images`` pictures over all ranks. ``loss``: a running mean;
+        ``data_wait``: the share of the step in which pictures were not ready, told where it is worth a thought."""
+        waiting = f", {data_wait:.0%} of it waiting for pictures" if data_wait > 0.2 else ""
+        facts = (f"loss {loss:.4f}, {seconds:.3g} s/step, {images / max(seconds, 1e-9):.3g} images/s, "
+                 f"peak {peak_bytes / 2**30:.2f} GiB{waiting}")
         if self.terminal:
             self.bar.set_postfix_str(facts, refresh=False)
             self.bar.update(step - self.bar.n)
@@ -74,19 +92,24 @@ class Progress:
 
 
 class StepLog:
-    """One CSV row per step, flushed as it is written; a file of the same name from an earlier run is started anew."""
+    """One CSV row per step, flushed as it is written; a file of the same name from an earlier run is started anew, or with
+    ``append`` written on.
 
-    def __init__(self, path: Path | None):
-        self.path, self.file, self.failed = path, None, False
+    ``more``: columns behind ``CSV_FIELDS``.
+    """
+
+    def __init__(self, path: Path | None, more: Sequence[str] = (), append: bool = False):
+        self.path, self.file, self.failed, self.fields = path, None, False, (*CSV_FIELDS, *more)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("w", newline="", encoding="utf-8", buffering=1)
-            self.rows = csv.DictWriter(self.file, CSV_FIELDS)
-            self.rows.writeheader()
+            self.file = path.open("a" if append else "w", newline="", encoding="utf-8", buffering=1)
+            self.rows = csv.DictWriter(self.file, self.fields)
+            if not append:
+                self.rows.writeheader()
 
     def write(self, row: Mapping[str, Any]) -> None:
         if self.file is not None:
-            self._try(lambda: self.rows.writerow({name: row.get(name, "") for name in CSV_FIELDS}))
+            self._try(lambda: self.rows.writerow({name: row.get(name, "") for name in self.fields}))
 
     def close(self) -> None:
         if self.file is not None:

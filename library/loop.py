@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from library.architectures.base import Architecture, TextEncoders
 from library.data.dataset import Batch, StepMicro, batches
 from library.data.plan import StepPlan
 from library.dist import Runtime, launcher_is_gone
+from library.ema import Ema
 from library.encode import Encoded
 from library.errors import UserError
 from library.interrupt import StopRequest
@@ -44,6 +45,8 @@ class Task:
     total_steps: int
     workers: int
     scaler: torch.amp.GradScaler | None
+    ema: Ema | None = None
+    readable: Callable[[], AbstractContextManager] = nullcontext  # in it every weight can be read where it lies
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -64,7 +67,8 @@ class StepReport:
     loss: float
     update: UpdateInfo
     samples: int
-    seconds: float
+    seconds: float  # all of it, ``waited`` included
+    waited: float  # seconds of it in which the batches were not ready
     peak_bytes: int
     stopping: bool  # this step is the last one, because somebody asked for that
 
@@ -79,10 +83,14 @@ def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None
     groups = _read(task)
     with closing(groups):
         for group in groups:
+            waited = time.perf_counter() - started
             losses: list[torch.Tensor] = []
             try:
                 for index, batch in enumerate(group.micro):
                     update = _microbatch(task, batch, group, index == len(group.micro) - 1, losses)
+                if task.ema is not None and not update.skipped:
+                    with task.readable():
+                        task.ema.update()
             except NonFinite as error:
                 raise _not_finite(task.runtime, group.step + 1, losses, group.micro) or error from error
             loss = task.runtime.sum_over_ranks(torch.stack([part.sum() for part in losses]).sum()).item() / group.real_samples
@@ -92,7 +100,7 @@ def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None
             now = time.perf_counter()
             stopping = task.runtime.any_rank(stop.requested or launcher_is_gone())
             after_step(StepReport(done, group.epoch, done % task.plan.steps_per_epoch == 0, loss, update,
-                                  group.real_samples, now - started, peak_bytes(task.runtime.device), stopping))
+                                  group.real_samples, now - started, waited, peak_bytes(task.runtime.device), stopping))
             started = time.perf_counter()
             if stopping:
                 break
@@ -114,7 +122,11 @@ def _microbatch(task: Task, batch: Batch, group: StepMicro, last: bool, losses: 
     Each micro-batch counts by its samples, not as one of several equal parts, so that 1x4 and 4x1 give the same step.
     """
     task.updater.begin_microbatch(group.step, task.total_steps, last)
+    if task.ema is not None and last and task.updater.inside_backward:
+        task.ema.wait()  # it may still be reading the weights
     _backward(task, batch, group.step, group.real_samples, last, losses)
+    if task.ema is not None and last:
+        task.ema.wait()
     return task.updater.after_backward(group.step, task.total_steps, last, task.scaler)
 
 

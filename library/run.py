@@ -9,14 +9,14 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.architectures.base import NO_ENCODERS
 from library.checkpoint.metadata import thumbnail_url
-from library.config.parse import Config, Entry
+from library.config.parse import Config, Entry, to_toml
 from library.config.save_formats import SUFFIXES
 from library.data import findings, scan, select, spec
 from library.data import plan as plans
@@ -31,6 +31,7 @@ from library.optim import schedule, table
 from library.prompts import Prompt, parse_prompts, with_seeds
 from library.saving import endangered
 from library.trackers import tracker_arguments
+from library.upload import Uploader
 
 if TYPE_CHECKING:
     from library.architectures.base import Architecture, ArchitectureModule
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from library.dist import Runtime
     from library.encode import Encoded
     from library.loop import StepReport, Task
+    from library.optim.groups import Group
+    from library.report.report import Report
+    from library.run_metadata import Facts
 
 CAPTIONS_COUNTED = 2000  # the longest ones: about a second
 
@@ -72,33 +76,56 @@ def run(entry: Entry, config: Config) -> None:
     if config.dataset.debug_dataset:
         return show_data(entry, config)
     data, arch = open_inputs(entry, config)
+    uploader = open_uploader(config)
     method = importlib.import_module(entry.method)
     general, optimizer = config.general, config.optimizer
 
-    from library.build import build_task, loading_device, open_engine, weights_dtype
+    from library import states
+    from library.build import build_task, loading_device, open_average, open_engine, weights_dtype
     from library.loop import train
+    from library.optim.groups import named_parameters
     from library.outputs import Outputs
 
     runtime = join(config, data)
+    saved = states.find(config, runtime)
     plan = plans.StepPlan(data.items, batch_sizes=data.batch_sizes, seed=general.seed, world_size=runtime.world_size,
-                          accumulation=config.training.gradient_accumulation_steps)
+                          accumulation=config.training.gradient_accumulation_steps,
+                          stride=states.kept_stride(saved, runtime.world_size))
     total_steps = count_steps(config, plan.steps_per_epoch)
+    training = tuple(arch.encoder_rates(optimizer.learning_rate))
+    frozen = tuple(name for name in arch.text_encoders if name not in training)
+    facts = states.facts_of_run(entry, config, arch, data.specs, data.items, plan, total_steps, frozen)
+    if saved is not None:
+        states.check(saved, facts, config)
     for line in plans.report(data.items):
         log.info(line)
     if runtime.is_main:  # it may read pictures of equal length to see whether they are the same
         captions, prompts = count_tokens(entry, config, data)
         tell(findings.gather(data.scan, data.selection, plan, captions) + findings.too_long(prompts, "preview prompt"))
     rates = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
-    training = tuple(arch.encoder_rates(optimizer.learning_rate))
     encoded = encode(config, data, arch, runtime, total_steps, training)
     denoiser = arch.load_denoiser(loading_device(config.memory, runtime.device), weights_dtype(config))
     encoders = arch.load_text_encoders(training, runtime.device, weights_dtype(config)) if training else NO_ENCODERS
     groups = method.prepare(arch, denoiser, encoders, optimizer.learning_rate)
     engine = open_engine(config.memory, arch, denoiser, encoders, runtime.device)
-    task = build_task(config, runtime, arch, denoiser, encoders, groups, engine, encoded, plan, rates, total_steps)
-    with Outputs(config, runtime, arch, method, denoiser, encoders, engine.readable, encoded, data.prompts, data.resolution,
-                 total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch,
-                 validate=build_validation(config, runtime, data, task)) as outputs:
+    ema = open_average(config.ema, groups, engine)
+    task = build_task(config, runtime, arch, denoiser, encoders, groups, engine, encoded, plan, rates, total_steps, ema)
+    weights = named_parameters(groups)
+    if saved is not None:
+        task = states.restore(saved, task, weights, ema, engine.readable)
+
+    def group_rates(step: int) -> dict[str, float]:
+        return {group.name: group.learning_rate * rates(step - 1, total_steps) for group in groups}
+
+    def write_state(path: Path, step: int, epoch: int) -> None:
+        states.write(path, step, epoch, facts, config.saving.output_name, task, weights, ema, engine.readable)
+
+    keeping = states.Keeping(write_state, task.first_step, ema,
+                             open_report(entry, config, data, plan, total_steps, group_rates) if runtime.is_main else None)
+    with Outputs(config, runtime, arch, method, denoiser, encoders, encoded, data.prompts, data.resolution,
+                 total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch, reading=engine.readable,
+                 validate=build_validation(config, runtime, data, task), uploader=uploader, rates=group_rates,
+                 facts=facts_of(config, data, arch, plan, groups, rates, total_steps), keeping=keeping) as outputs:
         log.info("ready after %.1f s; steps in all: %d", time.monotonic() - started, total_steps)
         outputs.before_training()
         with stop_requested() as stop:  # until here a signal ends the run at once: there is nothing to save yet
@@ -170,7 +197,7 @@ def fill_caches(entry: Entry, config: Config) -> None:
 def begin_log(config: Config) -> None:
     general = config.general
     setup_logging(general.console_log_level, general.console_log_file, general.console_log_simple,
-                  is_main=os.environ.get("RANK", "0") == "0")
+                  is_main=os.environ.get("RANK", "0") == "0", secrets=config.secrets())
     for note in config.notes:
         log.info(note)
 
@@ -191,6 +218,39 @@ def open_inputs(entry: Entry, config: Config) -> tuple[DataPlan, Architecture]:
     return data, arch
 
 
+def open_uploader(config: Config) -> Uploader:
+    """What uploads to the hub; on the first rank its access token is tried out now. UserError for one that will not do."""
+    uploader = Uploader(config.hub)
+    if os.environ.get("RANK", "0") == "0":
+        uploader.check()
+    return uploader
+
+
+def facts_of(config: Config, data: DataPlan, arch: Architecture, plan: plans.StepPlan, groups: Sequence[Group],
+             rates: schedule.Schedule, total_steps: int) -> Facts:
+    """What saved files say of this run."""
+    from library.run_metadata import Facts
+
+    encoders = arch.encoder_rates(config.optimizer.learning_rate)
+    return Facts(
+        config, data.items, held_out=len(data.selection.validation),
+        rates={group.name: group.learning_rate for group in groups if group.name not in encoders}, encoder_rates=encoders,
+        batches_per_epoch=plan.batches_per_epoch, total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch,
+        warmup_steps=rates.warmup_steps, world_size=plan.world_size,
+        objective=getattr(arch, "objective_options", config.objective), base_version=getattr(arch, "base_version", None))
+
+
+def open_report(entry: Entry, config: Config, data: DataPlan, plan: plans.StepPlan, total_steps: int,
+                rates: Callable[[int], Mapping[str, float]]) -> Report:
+    """The page about this run, kept up to date beside its results."""
+    from library.report.report import Report, data_sheet
+
+    course = course_of(config, data, total_steps)
+    return Report(config.saving.output_dir, config.saving.output_name, total_steps=total_steps, program=entry.program,
+                  settings=to_toml(config), changed=config.changed(), rates=rates,
+                  data=lambda: data_sheet(data.items, course, plan.steps_per_epoch, config.caching.variants))
+
+
 def join(config: Config, data: DataPlan) -> Runtime:
     """The process group, once it is sure that all processes will train on the same."""
     from library.dist import open_runtime
@@ -205,9 +265,13 @@ def encode(config: Config, data: DataPlan, arch: Architecture, runtime: Runtime,
     """Fill the caches that were asked for; what is not cached is encoded for each batch. ``training``: encoders that train."""
     from library.encode import encode_all
 
-    course = Course(config.general.seed, total_steps, config.caching.variants, data.specs[0].prior_loss_weight)
+    course = course_of(config, data, total_steps)
     return encode_all(arch, runtime, config.caching, data.selection, course, max(data.batch_sizes), data.prompts, training,
                       remember=data.scan.remember)
+
+
+def course_of(config: Config, data: DataPlan, total_steps: int) -> Course:
+    return Course(config.general.seed, total_steps, config.caching.variants, data.specs[0].prior_loss_weight)
 
 
 def read_data(config: Config, also: Sequence[Callable[[], object]] = ()) -> DataPlan:

@@ -1,77 +1,94 @@
-"""Curves and pictures for TensorBoard and wandb."""
+"""Curves and pictures for TensorBoard, wandb, and every other tracker that accelerate knows. None of them can end a training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from library.config.parse import Config
-from library.config.schema import LoggingOptions
-from library.config.values import toml_text
+from library.config.schema import ACCELERATE_TRACKERS, LoggingOptions
 from library.errors import UserError
+from library.log import log, without
 from library.toml_lines import load_toml
 
-NAMES = {"loss": "loss/step", "validation_loss": "loss/validation", "learning_rate": "lr/denoiser", "grad_norm": "loss/grad_norm",
-         "seconds": "speed/seconds_per_step", "images_per_second": "speed/images_per_second", "peak_bytes": "memory/peak_bytes"}
+Settings = Mapping[str, str | int | float | bool]
 
 
 class Sink(Protocol):
-    """One place where curves go."""
+    """One place where curves go. ``run_id``: what a later run needs to go on in the same place; empty where it cannot."""
+
+    run_id: str
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def picture(self, step: int, name: str, path: Path) -> None: ...
 
-    def settings(self, text: str) -> None: ...
+    def settings(self, values: Settings) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Tracker:
-    """Every sink in use, on the first rank; no sink elsewhere and when none is wanted."""
+    """Every sink in use by name, on the first rank; no sink elsewhere and when none is wanted.
 
-    def __init__(self, sinks: list[Sink]):
-        self.sinks = sinks
+    A sink that fails (a full disk, a lost connection) is named in the log and left out from then on.
+    """
+
+    def __init__(self, sinks: Mapping[str, Sink]):
+        self.sinks = dict(sinks)
+
+    @property
+    def run_ids(self) -> dict[str, str]:
+        """For ``open_tracker`` of a run that goes on with this one."""
+        return {name: sink.run_id for name, sink in self.sinks.items() if sink.run_id}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Scalars of one step, by the names of ``NAMES``."""
-        for sink in self.sinks:
-            sink.scalars(step, {NAMES[name]: value for name, value in values.items()})
+        """Scalars of one step."""
+        self._each(lambda sink: sink.scalars(step, values))
 
-    def picture(self, step: int, path: Path) -> None:
-        for sink in self.sinks:
-            sink.picture(step, path.stem, path)
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """A picture under a name that stays the same over the steps."""
+        self._each(lambda sink: sink.picture(step, name, path))
+
+    def settings(self, values: Settings) -> None:
+        self._each(lambda sink: sink.settings(values))
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+        self._each(lambda sink: sink.close())
+        self.sinks = {}
+
+    def _each(self, action: Callable[[Sink], None]) -> None:
+        for name, sink in list(self.sinks.items()):
+            try:
+                action(sink)
+            except Exception as error:  # whatever a tracker raises, it is not worth the training
+                log.error("%s gets no more curves, training goes on: %s: %s", name, type(error).__name__, error)
+                del self.sinks[name]
 
 
 class TensorBoardSink:
-    def __init__(self, folder: Path, arguments: Mapping[str, Any]):
+    """``folder``/``name`` is where the events go; ``run_id`` is ``folder`` without what lies above it."""
+
+    def __init__(self, folder: Path, name: str, arguments: Mapping[str, Any]):
         from torch.utils.tensorboard import SummaryWriter
 
-        try:
-            self.writer = SummaryWriter(str(folder), **arguments)
-        except TypeError as error:
-            raise UserError(f"TensorBoard's SummaryWriter refuses its arguments: {error}", place="--log_tracker_config",
-                            remedy="correct or remove them in [tensorboard]") from error
+        self.run_id = folder.name
+        with _arguments("tensorboard", "SummaryWriter"):
+            self.writer = SummaryWriter(str(folder / name), **arguments)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        import numpy as np
-        from PIL import Image
+        self.writer.add_image(name, _pixels(path), step, dataformats="HWC")
 
-        with Image.open(path) as image:
-            self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-
-    def settings(self, text: str) -> None:
-        self.writer.add_text("settings", f"```toml\n{text}\n```")
+    def settings(self, values: Settings) -> None:
+        rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in values.items())
+        self.writer.add_text("settings", f"| setting | value |\n| --- | --- |\n{rows}")
 
     def close(self) -> None:
         self.writer.close()
@@ -79,14 +96,13 @@ class TensorBoardSink:
 
 class WandbSink:
     def __init__(self, project: str, key: str | None, arguments: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("wandb is not installed", place="--log_with",
-                            remedy="pip install wandb, or use --log_with tensorboard") from None
+        import wandb
+
         if key:
             wandb.login(key=key)
-        self.wandb, self.run = wandb, wandb.init(project=project, **arguments)
+        with _arguments("wandb", "wandb.init"):
+            self.wandb, self.run = wandb, wandb.init(project=project, **arguments)
+        self.run_id = str(self.run.id)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -94,49 +110,115 @@ class WandbSink:
     def picture(self, step: int, name: str, path: Path) -> None:
         self.run.log({name: self.wandb.Image(str(path))}, step=step)
 
-    def settings(self, text: str) -> None:
-        self.run.config.update({"settings": text})
+    def settings(self, values: Settings) -> None:
+        self.run.config.update(dict(values), allow_val_change=True)
 
     def close(self) -> None:
         self.run.finish()
 
 
+class AccelerateSink:
+    """A tracker of accelerate, ``kind`` by its name there. ``folder``: for those that write files."""
+
+    run_id = ""
+
+    def __init__(self, kind: str, project: str, folder: Path | None, arguments: Mapping[str, Any]):
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        make = LOGGER_TYPE_TO_CLASS[kind]
+        where = {"logging_dir": str(folder)} if make.requires_logging_directory else {}
+        with _arguments(kind, make.__name__):
+            self.tracker = make(project, **where, **arguments)
+            self.tracker.start()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.tracker.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        if hasattr(self.tracker, "log_images"):
+            self.tracker.log_images({name: _pixels(path)[None]}, step=step)
+
+    def settings(self, values: Settings) -> None:
+        self.tracker.store_init_configuration(dict(values))
+
+    def close(self) -> None:
+        self.tracker.finish()
+
+
+def _pixels(path: Path) -> Any:
+    """(H, W, 3) uint8."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+@contextmanager
+def _arguments(kind: str, what: str) -> Iterator[None]:
+    """Arguments from --log_tracker_config that a tracker does not take are the user's mistake."""
+    try:
+        yield
+    except TypeError as error:
+        raise UserError(f"{what} refuses its arguments: {error}", place="--log_tracker_config",
+                        remedy=f"correct or remove them in [{kind}]") from error
+
+
 def tracker_arguments(path: Path | None) -> dict[str, dict[str, Any]]:
-    """What ``--log_tracker_config`` holds: arguments per tracker in tables [tensorboard] and [wandb]. UserError otherwise."""
+    """What ``--log_tracker_config`` holds: arguments in a table for each tracker, such as [wandb]. UserError otherwise."""
     tables = load_toml(path)[0] if path is not None else {}
-    stray = [name for name, value in tables.items() if name not in ("tensorboard", "wandb") or not isinstance(value, dict)]
+    known = ("tensorboard", "wandb", *ACCELERATE_TRACKERS)
+    stray = [name for name, value in tables.items() if name not in known or not isinstance(value, dict)]
     if stray:
         raise UserError(f"{stray[0]!r} is not a table of a tracker", place=str(path),
-                        remedy="write [tensorboard] or [wandb] and the arguments below it")
+                        remedy=f"write the name of a tracker in brackets ({', '.join(known)}) and the arguments below it")
     return tables
 
 
-def open_tracker(options: LoggingOptions, settings: str | None, is_main: bool) -> Tracker:
-    """Start the trackers that ``options`` name. ``settings``: TOML to show beside the curves, free of secrets and paths.
+def open_tracker(options: LoggingOptions, settings: Settings | None, is_main: bool,
+                 resumed: Mapping[str, str] | None = None) -> Tracker:
+    """Start the trackers that ``options`` name. ``settings``: to show beside the curves, free of secrets and paths.
 
-    Raises UserError for a tracker whose package is missing or that refuses its arguments.
+    ``resumed``: ``Tracker.run_ids`` of the run that this one goes on with; its curves are continued where the tracker can.
+    Raises UserError for a tracker that refuses its arguments or cannot be started.
     """
     if not is_main or not options.trackers:
-        return Tracker([])
-    extra = tracker_arguments(options.log_tracker_config)
-    sinks: list[Sink] = []
+        return Tracker({})
+    extra, resumed = tracker_arguments(options.log_tracker_config), dict(resumed or {})
+    run = resumed.get("tensorboard") or f"{options.log_prefix}{datetime.now():%Y%m%d%H%M%S}"
+    folder = options.logging_dir / run if options.logging_dir else None
+    sinks: dict[str, Sink] = {}
     for name in options.trackers:
-        if name == "tensorboard":
-            folder = options.logging_dir / f"{options.log_prefix}{datetime.now():%Y%m%d%H%M%S}" / options.log_tracker_name
-            sinks.append(TensorBoardSink(folder, extra.get("tensorboard", {})))
-        else:
-            arguments = {**({"name": options.wandb_run_name} if options.wandb_run_name else {}), **extra.get("wandb", {})}
-            sinks.append(WandbSink(options.log_tracker_name, options.wandb_api_key, arguments))
-    for sink in sinks:
-        if settings is not None:
-            sink.settings(settings)
-    return Tracker(sinks)
+        arguments = extra.get(name, {})
+        try:
+            if name == "tensorboard":
+                sinks[name] = TensorBoardSink(folder, options.log_tracker_name, arguments)
+            elif name == "wandb":
+                given = {"name": options.wandb_run_name} if options.wandb_run_name else {}
+                given |= {"id": resumed[name], "resume": "allow"} if name in resumed else {}
+                sinks[name] = WandbSink(options.log_tracker_name, options.wandb_api_key, {**given, **arguments})
+            else:
+                sinks[name] = AccelerateSink(name, options.log_tracker_name, folder, arguments)
+        except UserError:
+            raise
+        except Exception as error:  # no connection, a wrong key, a folder that cannot be made: better said now than never
+            what = without(filter(None, (options.wandb_api_key,)), f"{type(error).__name__}: {error}")
+            raise UserError(f"{name} cannot be started: {what}", place="--log_with",
+                            remedy="mend that, or leave this tracker out") from error
+    tracker = Tracker(sinks)
+    if settings is not None:
+        tracker.settings(settings)
+    return tracker
 
 
-def public_settings(config: Config) -> str:
-    """The settings without keys and without anything that is a path, as TOML: what --log_config sends."""
+def public_settings(config: Config) -> dict[str, str | int | float | bool]:
+    """The settings without keys and without anything that is or holds a path: what --log_config sends."""
     settings = config.entry.settings().values()
     values = {one.name: getattr(getattr(config, one.section), one.name) for one in settings if one.meta["saved"]}
-    shown = {name: value for name, value in values.items() if value is not None and not isinstance(value, Path)}
-    return "\n".join(f"{name} = {toml_text(value)}" for name, value in shown.items()
-                     if not any(mark in str(value) for mark in "/\\"))
+    plain = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in values.items()
+             if value is not None and not isinstance(value, Path)}
+    return {name: value for name, value in plain.items() if not any(mark in str(value) for mark in "/\\")}

@@ -28,11 +28,13 @@ sample_every_n_epochs logging_dir log_with log_tracker_config wandb_run_name wan
 blocks_to_swap
 seed output_name save_model_as train_data_dir reg_data_dir in_json dataset_class conditioning_data_dir caption_extention
 caption_prefix caption_suffix secondary_separator face_crop_aug_range resize_interpolation validation_seed validate_every_n_steps
-validate_every_n_epochs max_validation_steps""".split()
+validate_every_n_epochs max_validation_steps huggingface_repo_id huggingface_repo_type huggingface_path_in_repo
+huggingface_repo_visibility huggingface_token resume save_last_n_epochs_state save_last_n_steps_state""".split()
 _OFF = """output_config console_log_simple enable_bucket bucket_no_upscale cache_latents
 cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk full_bf16 gradient_checkpointing
 sample_at_first log_config cpu_offload_checkpointing fused_backward_pass blockwise_fused_optimizers cache_info
-debug_dataset enable_wildcard shuffle_caption color_aug flip_aug random_crop alpha_mask masked_loss skip_cache_check skip_latents_validity_check use_flash_attn""".split()
+debug_dataset enable_wildcard shuffle_caption color_aug flip_aug random_crop alpha_mask masked_loss
+skip_cache_check skip_latents_validity_check use_flash_attn async_upload save_state save_state_on_train_end""".split()
 
 PEER_DEFAULTS: dict[str, object] = {
     **dict.fromkeys(_NONE), **dict.fromkeys(_OFF, False),
@@ -91,10 +93,15 @@ NEW: dict[str, str] = {
     "t5xxl_tokenizer": "train without a connection to the hub",
     "gemma2_tokenizer": "train without a connection to the hub",
     "attn_mode": "one choice of attention for all models; `--use_flash_attn`, in the dialect a flag of Lumina, is short for `flash`",
+    "async_save": "files during training cost the time of a copy to host memory, not that of the disk",
     "no_metadata": "known from the LoRA scripts of the dialect; here for checkpoints as well",
 }
 
 NEW |= {
+    "save_state_every_n_steps": "states at moments of their own, apart from checkpoints",
+    "resume_anyway": "go on from a state although settings changed that change the run; without it they are listed and refused",
+    "ema_decay": "a running average of the weights, saved beside them",
+    "ema_device": "where that average is kept",
     "recompute_policy": "keep the outputs of matrix products and attention: nearly the speed without recompute",
     "recompute_every": "recompute some of the blocks, where there is room for the rest",
     "swap_look_ahead": "more blocks on their way at a time, where copies come late",
@@ -115,6 +122,8 @@ REASONS: dict[str, str] = {
     "max_grad_norm": "the same, except where weights are updated during the backward pass and no such norm is known",
     "seed": "a run without `--seed` can be repeated too",
     "output_name": "one name for all files of a run; the dialect uses `epoch`, `at` and `last`",
+    "huggingface_repo_type": "the same, under its name",
+    "huggingface_repo_visibility": "the same, under its name; other words than `public` and `private` are refused",
     "min_timestep": "the same; not given means the whole range",
     "max_timestep": "the same; not given means the whole range",
 }
@@ -171,6 +180,14 @@ BEHAVIOUR = """## Behaviour that differs
 - **`--learning_rate_te1 0`** and zeros in `--block_lr` leave these weights without gradients. Encoders that do not train can be
   cached while the others train. **`--weighted_captions`** goes with cached text.
 - **`v_pred` and `ztsnr` keys** of a checkpoint are obeyed, with a word in the log, and written.
+- **Saved files** are written aside, take their name when they are whole, and are read back; older ones go after that. One that cannot be written is
+  tried again, and says so, instead of ending the run. [outputs.md](outputs.md) has the rules.
+- **Metadata** of checkpoints holds the `ss_*` fields that the dialect writes for LoRA only, without hashing the whole base model;
+  `modelspec.hash_sha256` is filled in. Optimizer names are those of the flag.
+- **`--log_tracker_config`** is added to what other flags say (`--wandb_run_name` stays); `--log_with` also takes the names of
+  accelerate's other trackers, and TensorBoard gets pictures. A tracker that fails does not end the run.
+- **`--huggingface_path_in_repo`** may be left out (the top of the repository), a token that may not write is told before training,
+  and the end of a run waits for uploads.
 - **Weights of the loss, masks and `loss_weight`** act together in every objective, for each picture by itself.
 - **`--model_type chroma`** is refused: the dialect's fine-tuning script trains a FLUX model then.
 - **`--sample_every_*` without `--sample_prompts`** and **`--save_last_n_*` without `--save_every_n_*`** are errors.

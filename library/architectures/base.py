@@ -96,6 +96,8 @@ class Architecture(Protocol):
     cache keeps their real tokens only, and what is padding reads as zeros."""
     text_encoders: tuple[str, ...]
     """Names of the text encoders that this run has, in the order in which they are loaded."""
+    base_version: str
+    """The kind of model as ``ss_base_model_version`` of saved files names it: what the dialect writes there."""
     save_format: str
     """What ``--save_model_as`` is when it is not given."""
 

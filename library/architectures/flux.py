@@ -49,6 +49,7 @@ class Flux:
     """The adapter of one run. Construction reads headers only and refuses wrong, missing or unsupported files at once."""
 
     latent = FluxOptions.latent
+    base_version = "flux1"  # in the metadata of saved files
     text_encoders = ("clip", "t5")
     save_format = "safetensors"
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from library.architectures import sd3_call, sd3_text
+from library.architectures.attention import route
 from library.architectures.base import TextEncoders
 from library.architectures.sd3_export import save, saved_bytes
 from library.architectures.sd3_models import load_encoder, load_transformer, load_vae, text_blocks
@@ -46,7 +47,7 @@ class Sd3:
     latent = Sd3Options.latent
 
     def __init__(self, model: ModelOptions, options: Sd3Options, objective: WeightedFlowOptions):
-        self.options, self.objective_options = options, objective
+        self.attention, self.options, self.objective_options = model.attention, options, objective
         self.parts = open_parts(str(model.pretrained_model_name_or_path), options.given, options.tokenizers)
         self.file = self.parts.transformer
         self.text_encoders = tuple(self.parts.encoders)
@@ -98,7 +99,7 @@ class Sd3:
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         denoiser = load_transformer(self.file, dtype, device)
         sd3_call.install_positions(denoiser, self.options.enable_scaled_pos_embed)
-        return denoiser
+        return denoiser if self.attention == "torch" else route(denoiser, self.attention)
 
     def encode_image(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         return encode_image(vae, pixels)

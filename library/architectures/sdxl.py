@@ -44,6 +44,7 @@ class Sdxl:
     latent = SdxlOptions.latent
     text_trim: Mapping[str, str] = {}  # the U-Net attends to padding
     text_encoders = sdxl_text.NAMES
+    base_version = "sdxl_base_v1-0"  # in the metadata of saved files
 
     def __init__(self, model: ModelOptions, options: SdxlOptions, objective: DdpmOptions):
         self.attention, self.options = model.attention, options

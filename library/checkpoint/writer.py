@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -19,28 +20,49 @@ from library.checkpoint.header import DTYPE_BYTES
 from library.errors import UserError
 
 CHUNK_ELEMENTS = 4 << 20
-_HASH_PLACEHOLDER = "0x" + "0" * 64
+
+
+class NoRoom(UserError):
+    """The disk has less room than the file needs; nothing was written."""
+
+
+DIGEST = "0" * 64  # as a value of metadata: stands for the digits of the sha256 of all tensor data
+_HASH_PLACEHOLDER = "0x" + DIGEST
+
+
+class Checksum(Protocol):
+    """As the objects of hashlib and xxhash are."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
 
 
 def write_safetensors(path: Path, entries: Iterable[Entry | tuple[str, tuple[int, ...], str]], get: Callable[[str], torch.Tensor],
                       metadata: Mapping[str, str] | None = None, *, add_hash_key: str | None = None,
-                      on_progress: Callable[[int, int], None] | None = None) -> int:
+                      on_progress: Callable[[int, int], None] | None = None, checksum: Checksum | None = None) -> int:
     """Write ``entries`` (name, shape, dtype), each tensor taken from ``get(name)`` when its turn comes; returns the file's size.
 
     Tensors stand in the order given, wider formats before narrower ones so that each is aligned. ``add_hash_key``: metadata
-    key for the sha256 of all tensor data, as ``0x`` and 64 digits (modelspec.hash_sha256). The file appears whole or not at
-    all. UserError: not enough room on the disk (told before anything is written), a value that is not finite or does not
-    fit the format (with the tensor's name), no right to write. ``on_progress(done_bytes, total_bytes)`` counts tensor data.
+    key for the sha256 of all tensor data, as ``0x`` and 64 digits (modelspec.hash_sha256); a value of ``metadata`` that is
+    ``DIGEST`` becomes the bare digits. The file appears whole or not at all. UserError: not enough room on the disk (told before
+    anything is written), a value that is not finite or does not fit the format (with the tensor's name), no right to write.
+    ``on_progress(done_bytes, total_bytes)`` counts tensor data.
+    ``checksum`` is shown every byte of the file, so it cannot be had together with ``add_hash_key`` or
+    ``DIGEST``, which change some later.
     """
+    assert checksum is None or add_hash_key is None
     path = Path(path)
     entries = sorted((Entry(*entry) for entry in entries), key=lambda entry: -DTYPE_BYTES[entry.dtype])
     assert len({entry.name for entry in entries}) == len(entries), "a name is written twice"
     header, data_bytes = _header(entries, {**(metadata or {}), **({add_hash_key: _HASH_PLACEHOLDER} if add_hash_key else {})})
     require_room(path, len(header) + data_bytes)
+    blanks = {_value_position(header, add_hash_key, _HASH_PLACEHOLDER): "0x"} if add_hash_key else {}
+    blanks |= {_value_position(header, key, DIGEST): "" for key, value in (metadata or {}).items() if value == DIGEST}
     digest, done = hashlib.sha256(), 0
     # hashing and writing both let go of the interpreter lock, so the hash costs no time beside the disk
     with atomic_file(path) as file, ThreadPoolExecutor(max_workers=1) as hasher:
         file.write(header)
+        if checksum is not None:
+            checksum.update(header)
         hashed: Future | None = None
         for entry in entries:
             tensor = get(entry.name)
@@ -50,7 +72,9 @@ def write_safetensors(path: Path, entries: Iterable[Entry | tuple[str, tuple[int
                 data = stored_bytes(flat[start:start + CHUNK_ELEMENTS], entry, path)
                 if hashed is not None:
                     hashed.result()  # one chunk at a time, in order
-                hashed = hasher.submit(digest.update, data) if add_hash_key else None
+                hashed = hasher.submit(digest.update, data) if blanks else None
+                if checksum is not None:
+                    checksum.update(data)
                 file.write(data)
                 done += len(data)
                 if on_progress is not None:
@@ -58,9 +82,9 @@ def write_safetensors(path: Path, entries: Iterable[Entry | tuple[str, tuple[int
         if hashed is not None:
             hashed.result()
         assert done == data_bytes
-        if add_hash_key:
-            file.seek(_hash_position(header, add_hash_key))
-            file.write(f"0x{digest.hexdigest()}".encode())
+        for position, prefix in blanks.items():
+            file.seek(position)
+            file.write(f"{prefix}{digest.hexdigest()}".encode())
     return len(header) + data_bytes
 
 
@@ -87,11 +111,11 @@ def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def _hash_position(header: bytes, key: str) -> int:
-    """Where the placeholder's first character stands. Quotes inside other strings are escaped, so this text occurs once."""
-    text = f"{_json(key)}:{_json(_HASH_PLACEHOLDER)}".encode()
+def _value_position(header: bytes, key: str, value: str) -> int:
+    """Where the first character of ``value`` stands. Quotes inside other strings are escaped, so this text occurs once."""
+    text = f"{_json(key)}:{_json(value)}".encode()
     assert header.count(text) == 1
-    return header.index(text) + len(text) - len(_HASH_PLACEHOLDER) - 1
+    return header.index(text) + len(text) - len(value) - 1
 
 
 def stored_bytes(values: torch.Tensor, entry: Entry, path: Path) -> memoryview:
@@ -119,14 +143,19 @@ def _finite(values: torch.Tensor) -> bool:
 
 
 def require_room(path: Path, needed: int) -> None:
-    """UserError when the disk of ``path`` has less than ``needed`` bytes free. The folder need not exist yet."""
+    """NoRoom when the disk of ``path`` has less than ``needed`` bytes free. The folder need not exist yet."""
+    free = free_bytes(path)
+    if free is not None and free < needed:
+        raise NoRoom(f"not enough space on the disk: {path.name} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+                     place=str(path), remedy="free some space or choose another folder; nothing was written")
+
+
+def free_bytes(path: Path) -> int | None:
+    """What the disk of ``path`` has left; None where the system does not tell. The folder need not exist yet."""
     folder = path.parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
-        free = shutil.disk_usage(folder).free
+        return shutil.disk_usage(folder).free
     except OSError:
-        return  # some network file systems do not tell; a full disk is then found while writing
-    if free < needed:
-        raise UserError(f"not enough space on the disk: {path.name} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-                        place=str(path), remedy="free some space or choose another folder; nothing was written")
+        return None  # some network file systems do not tell; a full disk is then found while writing

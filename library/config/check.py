@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.config.data_options import VALIDATION_SCHEDULE
 from library.config.save_formats import SUFFIXES, is_pipeline
+from library.config.schema import installed
 from library.errors import UserError, nearest, raise_all
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def problems(config: Config) -> list[Problem]:
     """
     found: list[Problem] = []
     for rule in (_required, _files, _model, _source, _output, _precision, _length, _optimizer, _buckets, _validation,
-                 _caching, _saving, _sampling, _logging):
+                 _caching, _saving, _hub, _sampling, _logging):
         found += rule(config)
     for section in config.entry.sections():
         own = getattr(getattr(config, section), "problems", None)
@@ -240,9 +241,27 @@ def _saving(config: Config) -> Iterator[Problem]:
         if getattr(saving, keep) and not saves:
             yield conflict(config, f"{keep} {every} save_n_epoch_ratio", f"there is nothing to keep without --{every}",
                            f"add --{every} N")
+    if saving.async_save and not (saving.save_every_n_steps or saving.save_every_n_epochs or saving.save_n_epoch_ratio):
+        yield conflict(config, "async_save save_every_n_steps save_every_n_epochs save_n_epoch_ratio",
+                       "no file is written during training", "add --save_every_n_steps N, or leave it out")
     if saving.save_n_epoch_ratio and saving.save_every_n_epochs:
         yield conflict(config, "save_n_epoch_ratio save_every_n_epochs", "contradicts --save_every_n_epochs",
                        "leave one of the two out")
+
+
+def _hub(config: Config) -> Iterator[Problem]:
+    hub = config.hub
+    if hub.huggingface_repo_id is None:
+        for name in config.changed():
+            if name.startswith("huggingface_") or name == "async_upload":
+                yield conflict(config, f"{name} huggingface_repo_id", "nothing is uploaded without --huggingface_repo_id",
+                               "add --huggingface_repo_id OWNER/NAME, or leave it out")
+    elif not re.fullmatch(r"([\w.-]+/)?[\w.-]+", hub.huggingface_repo_id, re.ASCII):
+        yield conflict(config, "huggingface_repo_id", f"{hub.huggingface_repo_id!r} is not the name of a repository",
+                       "write OWNER/NAME; a folder in it is --huggingface_path_in_repo")
+    elif os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        yield conflict(config, "huggingface_repo_id", "nothing can be uploaded with HF_HUB_OFFLINE set",
+                       "unset it, or leave the upload out")
 
 
 def _sampling(config: Config) -> Iterator[Problem]:
@@ -258,9 +277,16 @@ def _logging(config: Config) -> Iterator[Problem]:
         yield conflict(config, "log_with logging_dir", "TensorBoard needs a folder to write to", "add --logging_dir DIR")
     elif "tensorboard" in logging.trackers:
         yield from _writable(config, "logging_dir", logging.logging_dir)
-    if "wandb" in logging.trackers and importlib.util.find_spec("wandb") is None:
-        yield conflict(config, "log_with", "the package wandb is not installed",
-                       "run `pip install wandb`, or use --log_with tensorboard")
+    for name in logging.trackers:
+        if name != "tensorboard" and not installed(name):
+            yield conflict(config, "log_with", f"the package {name} is not installed",
+                           f"run `pip install {name}`, or use --log_with tensorboard")
+    if "aim" in logging.trackers and logging.logging_dir is None:
+        yield conflict(config, "log_with logging_dir", "aim needs a folder to write to", "add --logging_dir DIR")
+    for name in ("log_tracker_config", "log_config", "log_prefix"):
+        if getattr(logging, name) and not logging.trackers:
+            yield conflict(config, f"{name} log_with logging_dir", "would have no effect without a tracker",
+                           "add --logging_dir DIR for TensorBoard or --log_with NAME, or leave it out")
     for name in ("wandb_run_name", "wandb_api_key"):
         if getattr(logging, name) and "wandb" not in logging.trackers:
             yield conflict(config, f"{name} log_with", "would have no effect without wandb",
@@ -281,6 +307,7 @@ def remarks(config: Config) -> tuple[str, ...]:
         found.append(f"{config.place('caption_extention')} is taken for --caption_extension")
     if config.caching.cache_check != "none" and config.caching.check == "none":
         found.append("cached files are trusted without a look at the pictures, as --cache_check none does")
-    if config.origins.get("wandb_api_key") == "command line":
-        found.append("--wandb_api_key can be read by other users of this machine; set WANDB_API_KEY instead")
+    for name, variable in (("wandb_api_key", "WANDB_API_KEY"), ("huggingface_token", "HF_TOKEN")):
+        if config.origins.get(name) == "command line":
+            found.append(f"--{name} can be read by other users of this machine; set {variable} instead")
     return tuple(found)

@@ -97,12 +97,9 @@ def _later() -> Iterator[Record]:
     yield from records(LATER, "use_lion_optimizer", "not built yet: Lion", "use --optimizer_type AdamW, AdamW8bit or Adafactor")
     yield from records(LATER, "ip_noise_gamma=", "not built yet: input perturbation", "leave it out", (0,))
     yield from records(LATER, "ip_noise_gamma_random_strength", "not built yet: input perturbation", "leave it out")
-    yield from records(LATER, "resume= save_state save_state_on_train_end save_last_n_epochs_state= save_last_n_steps_state=",
-                       "not built yet: saving and resuming the state of a run",
-                       "leave it out; --save_every_n_steps keeps checkpoints, and a new run can start from one of them", (0,))
-    yield from records(LATER, "huggingface_repo_id= huggingface_repo_type= huggingface_path_in_repo= huggingface_token= "
-                       "huggingface_repo_visibility= save_state_to_huggingface resume_from_huggingface async_upload",
-                       "not built yet: uploading to the hub", "leave it out and run `hf upload` after the training")
+    yield from records(LATER, "save_state_to_huggingface resume_from_huggingface",
+                       "not built yet: keeping the state of a run on the hub",
+                       "leave it out; --huggingface_repo_id uploads the saved files")
 
 
 def _elsewhere() -> Iterator[Record]:

@@ -20,11 +20,13 @@ from library.config.dialect import DIALECT, INERT, LAUNCHER, Record
 from library.config.help import help_text
 from library.config.loss_options import LossOptions
 from library.config.memory_options import MemoryOptions
+from library.config.state_options import EmaOptions, StateOptions
 from library.config.values import Setting, from_text, from_toml, settings_of, toml_text
 from library.errors import UserError, nearest, raise_all
 from library.toml_lines import Locator, load_toml
 
 COMMAND_LINE, DEFAULT, LAUNCH = "command line", "default", "accelerate launch"
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 _SESSION_ONLY = ("config_file", "output_config")  # they say what to do with a file, so they cannot stand in one
 
 
@@ -56,8 +58,9 @@ class Entry:
             "model": schema.ModelOptions, "architecture": self.architecture_options, "dataset": DatasetOptions,
             "caching": CachingOptions, "training": schema.TrainingOptions, "optimizer": schema.OptimizerOptions,
             "objective": self.objective_options, "loss": LossOptions, "precision": schema.PrecisionOptions,
-            "memory": MemoryOptions, "saving": schema.SavingOptions, "metadata": schema.MetadataOptions,
-            "sampling": schema.SamplingOptions, "logging": schema.LoggingOptions, "general": schema.GeneralOptions,
+            "memory": MemoryOptions, "saving": schema.SavingOptions, "state": StateOptions, "ema": EmaOptions,
+            "hub": schema.HubOptions, "metadata": schema.MetadataOptions, "sampling": schema.SamplingOptions,
+            "logging": schema.LoggingOptions, "general": schema.GeneralOptions,
         }
 
     def settings(self) -> dict[str, Setting]:
@@ -91,6 +94,9 @@ class Config:
     precision: schema.PrecisionOptions
     memory: MemoryOptions
     saving: schema.SavingOptions
+    state: StateOptions
+    ema: EmaOptions
+    hub: schema.HubOptions
     metadata: schema.MetadataOptions
     sampling: schema.SamplingOptions
     logging: schema.LoggingOptions
@@ -108,6 +114,12 @@ class Config:
         """The ``place`` of a UserError about a setting: ``--flag`` or ``file.toml:12: flag``."""
         origin = self.origins.get(flag, DEFAULT)
         return f"--{flag}" if origin in (COMMAND_LINE, DEFAULT) else f"{origin}: {flag}"
+
+    def secrets(self) -> tuple[str, ...]:
+        """Keys and tokens, given here or in the usual environment variables: no message may hold one."""
+        given = [getattr(getattr(self, setting.section), name) for name, setting in self.entry.settings().items()
+                 if setting.meta["secret"]]
+        return tuple(filter(None, (*given, *(os.environ.get(name) for name in SECRET_VARIABLES))))
 
     def changed(self) -> frozenset[str]:
         """The flags whose values are not this script's defaults."""

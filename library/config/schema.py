@@ -8,6 +8,7 @@ captions and caches stand in ``data_options.py``.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,15 @@ from library.config.values import flag, read_warmup
 if TYPE_CHECKING:
     from library.config.check import Problem
     from library.config.parse import Config
+
+# Trackers that run through accelerate's own classes -> the packages of theirs, any of which will do
+ACCELERATE_TRACKERS = {"aim": ("aim",), "clearml": ("clearml",), "comet_ml": ("comet_ml",), "dvclive": ("dvclive",),
+                       "mlflow": ("mlflow", "mlflow_skinny"), "swanlab": ("swanlab",), "trackio": ("trackio",)}
+
+
+def installed(tracker: str) -> bool:
+    """Whether the package of a tracker other than TensorBoard is there."""
+    return any(importlib.util.find_spec(package) is not None for package in ACCELERATE_TRACKERS.get(tracker, (tracker,)))
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,7 @@ class SavingOptions:
     save_n_epoch_ratio: int | None = flag(None, "also save about N times over all epochs", minimum=0, off="0")
     save_last_n_epochs: int | None = flag(None, "of the epoch saves keep the last N", minimum=0, off="0")
     save_last_n_steps: int | None = flag(None, "of the step saves keep those not older than N steps", minimum=0, off="0")
+    async_save: bool = flag(False, "write files during training from a copy of the weights in host memory, while steps go on")
 
     def stored_dtype(self, weights_dtype: str) -> str:
         """``fp32``, ``fp16`` or ``bf16`` in the file, for weights trained in ``weights_dtype``."""
@@ -132,7 +143,21 @@ class MetadataOptions:
     metadata_thumbnail: Path | None = flag(None, "small picture to embed", metavar="FILE", exists=True)
     metadata_merged_from: str | None = flag(None, "models it was merged from", metavar="TEXT")
     metadata_trigger_phrase: str | None = flag(None, "words that call up what was trained", metavar="TEXT")
-    no_metadata: bool = flag(False, "write no modelspec.* fields")
+    no_metadata: bool = flag(False, "write no metadata: neither modelspec.* nor ss_* fields")
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    title: ClassVar[str] = "Upload to the Hugging Face hub"
+
+    huggingface_repo_id: str | None = flag(None, "repository to which every saved file is uploaded; made where it is missing",
+                                           metavar="OWNER/NAME")
+    huggingface_repo_type: str = flag("model", "kind of that repository", choices=("model", "dataset", "space"))
+    huggingface_path_in_repo: str | None = flag(None, "folder in it", metavar="PATH", default_text="its top")
+    huggingface_repo_visibility: str = flag("private", "who can see a repository that is made", choices=("private", "public"))
+    huggingface_token: str | None = flag(None, "access token with the right to write; better set HF_TOKEN or run `hf auth login`",
+                                         metavar="TOKEN", secret=True)
+    async_upload: bool = flag(False, "upload while training goes on; the end of the run waits for it")
 
 
 @dataclass(frozen=True)
@@ -156,7 +181,8 @@ class LoggingOptions:
 
     logging_dir: Path | None = flag(None, "folder for TensorBoard; each run gets a folder of its own in it", metavar="DIR")
     log_prefix: str = flag("", "beginning of that folder's name", metavar="TEXT")
-    log_with: str | None = flag(None, "where curves go", choices=("tensorboard", "wandb", "all"),
+    log_with: str | None = flag(None, "where curves go (all: TensorBoard, wandb and every other one that is installed)",
+                                choices=("tensorboard", "wandb", *ACCELERATE_TRACKERS, "all"),
                                 default_text="tensorboard with --logging_dir, else nowhere")
     log_tracker_name: str = flag("finetuning", "project name in the tracker", metavar="NAME")
     log_tracker_config: Path | None = flag(None, "TOML file with arguments for the tracker", metavar="FILE", exists=True)
@@ -167,7 +193,7 @@ class LoggingOptions:
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """Names of the trackers in use: none, ``tensorboard``, ``wandb`` or both."""
+        """Names of the trackers in use."""
         if self.log_with == "all":
-            return ("tensorboard", "wandb")
+            return ("tensorboard", "wandb", *(name for name in ACCELERATE_TRACKERS if installed(name)))
         return (self.log_with,) if self.log_with else ("tensorboard",) if self.logging_dir else ()

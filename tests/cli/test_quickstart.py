@@ -54,7 +54,7 @@ def test_an_unknown_model_is_told_before_anything_is_made():
         pytest.skip("no bash here")
     done = subprocess.run(["bash", "quickstart.sh", "sd9"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr == "error: no quickstart for 'sd9'; use: bash quickstart.sh [flux|sdxl|sd3] [flags of the training script]\n"
+    assert done.stderr == "error: no quickstart for 'sd9'; use: bash quickstart.sh [flux|sdxl|sd3|lumina] [flags of the script]\n"
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", ".ci/run", "tools/environment.sh"])

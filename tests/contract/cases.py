@@ -99,7 +99,7 @@ def _lumina(name: str, make: Callable[[Path], Any], oracle: Callable[[Tensor], T
         name, lumina_train.ENTRY, lambda folder: make(folder).checkpoint, oracle=oracle, landed=_flow_landing,
         settings=tuple(("--timestep_sampling", sampling) for sampling in samplings),
         time_input=lambda denoiser: denoiser.time_caption_embed.time_proj, level=torch.tensor([0.7071]), time=0.2929,
-        trains=lambda name: name != unused, diffusers=diffusers,
+        trains=lambda name: name != unused, diffusers=diffusers, variant=name == "lumina-next",
     )
 
 
@@ -119,6 +119,7 @@ def _sd3(variant: str, embedded: tuple[str, ...] = (), encoders: tuple[str, ...]
         level=torch.tensor([0.7071]), time=707.1,
         trains=lambda name: name.startswith(MMDIT_PREFIX) and not name.endswith("pos_embed"), diffusers=converters.sd3,
         encoders=encoders, one_encoder=one_encoder, encoder_names=lambda name: name.startswith("text_encoders."),
+        variant=variant != "sd3-medium",
     )
 
 

@@ -15,7 +15,7 @@ MODES = {
     "block": ("--blockwise_fused_optimizers",),
     "swap": ("--blocks_to_swap", "2"),
     "swap-all": ("--blocks_to_swap", "ALL", "--swap_look_ahead", "1", "--stream_optimizer_states"),
-    "swap-parameter": ("--blocks_to_swap", "3", "--fused_backward_pass", "--cpu_offload_checkpointing"),
+    "swap-parameter": ("--blocks_to_swap", "2", "--fused_backward_pass", "--cpu_offload_checkpointing"),
     "selective": ("--gradient_checkpointing", "--recompute_policy", "selective", "--recompute_every", "2"),
     "offload": ("--cpu_offload_checkpointing",),
 }
@@ -61,6 +61,8 @@ def blocks(case, checkpoint):
 
 
 def test_previews_and_held_out_pictures_pass_through_the_ring(case, train, tmp_path):
+    if case.variant:
+        pytest.skip("the architecture's first case shows it")
     data = dataset_file(tmp_path / "data.toml", make_pictures(tmp_path / "pictures", 5), validation_split=0.4)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red box --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
@@ -83,6 +85,9 @@ def test_previews_and_held_out_pictures_pass_through_the_ring(case, train, tmp_p
             assert abs(one - two).max() <= 1, name
 
 
+CASE = "flux-dev"  # flags are the same in all scripts
+
+
 @pytest.mark.parametrize(("flags", "words"), [
     ("--fused_backward_pass --blockwise_fused_optimizers", "contradicts"),
     ("--blocks_to_swap 2 --max_grad_norm 1", "--max_grad_norm 0"),
@@ -93,6 +98,8 @@ def test_previews_and_held_out_pictures_pass_through_the_ring(case, train, tmp_p
     ("--blocks_to_swap 1000", "the model has"),
 ])
 def test_what_cannot_work_together_is_refused(case, checkpoint, data, tmp_path, capfd, flags, words):
+    if case.name != CASE:
+        pytest.skip(f"shown on {CASE}")
     from library.app import main
 
     status = main(case.entry, ["--pretrained_model_name_or_path", str(checkpoint), "--dataset_config", str(data), "--output_dir",

@@ -80,12 +80,26 @@ def lines(*argv):
     ("--sample_every_n_steps 5", "--sample_every_n_steps: there is nothing to draw; add --sample_prompts FILE"),
     ("--sample_at_first", "--sample_at_first: there is nothing to draw"),
     ("--log_with tensorboard", "--log_with: TensorBoard needs a folder"),
+    ("--log_with mlflow", "--log_with: the package mlflow is not installed; run `pip install mlflow`"),
+    ("--log_config", "--log_config: would have no effect without a tracker"),
+    ("--log_prefix x", "--log_prefix: would have no effect without a tracker"),
+    ("--async_save", "--async_save: no file is written during training; add --save_every_n_steps N"),
+    ("--huggingface_repo_type dataset", "--huggingface_repo_type: nothing is uploaded without --huggingface_repo_id"),
+    ("--async_upload", "--async_upload: nothing is uploaded without --huggingface_repo_id"),
+    ("--huggingface_repo_id a/b/c", "--huggingface_repo_id: 'a/b/c' is not the name of a repository"),
+    ("--huggingface_repo_id https://huggingface.co/a/b", "is not the name of a repository; write OWNER/NAME"),
     ("--wandb_run_name x", "--wandb_run_name: would have no effect without wandb"),
     ("--model_type chroma", "--model_type: not built yet: Chroma"),
 ])
 def test_conflict(argv, expected):
     (line,) = lines(*argv.split())
     assert expected in line and "; " in line
+
+
+def test_no_upload_from_a_machine_that_is_told_to_stay_offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (line,) = lines("--huggingface_repo_id", "me/x")
+    assert "--huggingface_repo_id: nothing can be uploaded with HF_HUB_OFFLINE set" in line
 
 
 @pytest.mark.parametrize("argv", [
@@ -103,9 +117,12 @@ def test_conflict(argv, expected):
     "--dataset_config= --in_json data.toml --train_data_dir folder", "--train_data_dir nowhere", "--validate_every_n_steps 5",
     "--dataset_config= --train_data_dir folder --validate_every_n_epochs 5 --validation_split 0.1", "--caption_extention .cap",
     "--masked_loss --conditioning_data_dir folder", "--alpha_mask",
+    "--save_every_n_steps 5 --async_save", "--save_n_epoch_ratio 5 --async_save", "--logging_dir logs --log_config --log_prefix x",
+    "--huggingface_repo_id me/x --async_upload", "--huggingface_repo_id my-model_1.0",
     "--sample_every_n_steps 0", "--optimizer_args betas=(0.9,0.99) weight_decay=1e-2",
 ])
-def test_no_conflict(argv):
+def test_no_conflict(argv, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert lines(*argv.split()) == ()
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from library.architectures.base import LatentSpec
 from library.config.ddpm_options import DdpmOptions
-from library.config.loss_options import LossOptions
 from library.config.parse import Entry, parse
 from library.prompts import Prompt
 

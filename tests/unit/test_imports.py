@@ -11,9 +11,10 @@ LAYERS = [
     ["errors", "atomic", "file_lock", "toml_lines", "config"],
     ["checkpoint", "log", "dist"],
     ["data", "memory", "optim", "objectives"],
-    ["prompts", "contact_sheet", "plots", "interrupt", "architectures", "methods", "preview", "saving"],
+    ["prompts", "contact_sheet", "plots", "interrupt", "architectures", "methods", "preview", "saving", "background",
+     "writing", "state_saving", "resume", "resume_rules", "ema", "report"],
     ["step"],
-    ["trackers", "encode", "loop", "validation", "build", "outputs", "run"],
+    ["trackers", "upload", "measures", "run_metadata", "encode", "loop", "validation", "build", "states", "outputs", "run"],
     ["app"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,10 +1,14 @@
+import errno
 import re
 from pathlib import Path
 
 import pytest
 
+from library.checkpoint.verify import Damaged
+from library.checkpoint.writer import NoRoom
+from library.errors import UserError
 from library.log import log
-from library.saving import Saver, endangered, epochs_between_saves, outdated
+from library.saving import LONGEST_PAUSE, Retry, Saver, endangered, epochs_between_saves, is_full, may_pass, outdated
 
 
 class Folder:
@@ -14,9 +18,10 @@ class Folder:
         self.path, self.written = path, []
         self.saver = Saver(path, "m", write=self.write, **{"total_epochs": 4, **settings})
 
-    def write(self, path, info):
+    def write(self, path, info, then, at_once=False):
         path.write_bytes(b"")
         self.written.append((path.name, info["step"], info["epoch"]))
+        then()
 
     def run(self, steps, steps_per_epoch):
         for step in range(1, steps + 1):
@@ -77,7 +82,7 @@ def test_old_files_go_only_after_the_new_one_stands(tmp_path):
     folder = Folder(tmp_path, every_n_steps=1, last_n_steps=1)
     folder.saver.after_step(1, 1)
 
-    def fails(path, info):
+    def fails(path, info, then, at_once):
         raise OSError("disk full")
 
     folder.saver._write_file = fails
@@ -110,16 +115,70 @@ def test_numbers_above_the_current_one_belong_to_another_run():
     assert outdated(["a-1", "a-5", "a-9"], re.compile(r"a-(\d)"), current=6, keep=1) == ["a-1", "a-5"]
 
 
+def test_a_file_that_is_in_use_stays_until_the_next_removal(tmp_path):
+    in_use = {tmp_path / "m-step00000001.safetensors"}
+    folder = Folder(tmp_path, every_n_steps=1, last_n_steps=1, in_use=in_use.__contains__)
+    for step in (1, 2, 3):
+        folder.saver.after_step(step, 1)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"m-step0000000{step}.safetensors" for step in (1, 2, 3)]
+    in_use.clear()
+    folder.saver.after_step(4, 1)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"m-step0000000{step}.safetensors" for step in (3, 4)]
+
+
+def test_every_file_is_told_after_the_old_ones_are_gone(tmp_path):
+    seen = []
+    folder = Folder(tmp_path, every_n_steps=1, last_n_steps=1,
+                    on_saved=lambda path: seen.append((path.name, len(list(tmp_path.iterdir())))))
+    assert folder.run(3, 9) == ["m-step00000002.safetensors", "m-step00000003.safetensors", "m.safetensors"]
+    assert seen == [("m-step00000001.safetensors", 1), ("m-step00000002.safetensors", 2), ("m-step00000003.safetensors", 2),
+                    ("m.safetensors", 3)]
+
+
+def test_nothing_counts_as_saved_before_it_stands(tmp_path):
+    """A file that is written beside the training: what follows comes later, in any order of calls."""
+    later = []
+    saver = Saver(tmp_path, "m", total_epochs=1, every_n_steps=1, last_n_steps=1,
+                  write=lambda path, info, then, at_once=False: later.append((path, then)))
+    (tmp_path / "m-step00000001.safetensors").write_bytes(b"old")
+    saver.retry.failed(2)
+    saver.after_step(3, 1)
+    assert saver.saved_step is None and saver.retry.step == 3 and len(list(tmp_path.iterdir())) == 1
+    (path, then), = later
+    path.write_bytes(b"new")
+    then()
+    assert saver.saved_step == (3, path) and saver.retry.step is None and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_pause_between_tries_doubles_up_to_a_limit():
+    retry = Retry()
+    assert retry.step is None
+    assert [retry.failed(step) - step for step in range(100, 109)] == [1, 2, 4, 8, 16, 32, 64, 64, LONGEST_PAUSE]
+    retry.clear()
+    assert retry.step is None and retry.failed(7) == 8
+
+
+def test_what_may_pass_and_what_is_a_full_disk():
+    full = UserError("no space left on the disk")
+    full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    forbidden = UserError("cannot write")
+    forbidden.__cause__ = PermissionError(errno.EACCES, "Permission denied")
+    cases = [(full, True, True), (NoRoom("too little"), True, True), (forbidden, False, True), (Damaged("bad"), False, True),
+             (OSError(errno.EIO, "Input/output error"), False, True), (UserError("beyond F16"), False, False)]
+    assert [(is_full(error), may_pass(error)) for error, _, _ in cases] == [case[1:] for case in cases]
+
+
 # --- folders and other files ----------------------------------------------------------------------------------------------
 
 
 class Folders(Folder):
     """Saves diffusers folders."""
 
-    def write(self, path, info):
+    def write(self, path, info, then, at_once=False):
         path.mkdir()
         (path / "model_index.json").write_text("{}")
         self.written.append((path.name, info["step"], info["epoch"]))
+        then()
 
 
 def test_ckpt_files_have_names_of_their_own(tmp_path):

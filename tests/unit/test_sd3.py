@@ -77,7 +77,7 @@ def test_learning_rates_of_the_encoders(read):
     ("--mode_scale 1", "--weighting_scheme mode"), ("--min_timestep 500 --max_timestep 400", "leaves nothing below"),
     ("--loss_type huber --huber_schedule snr", "rectified flow"), ("--discrete_flow_shift 3", "write --training_shift"),
     ("--timestep_sampling shift", "--weighting_scheme and --training_shift set the levels"),
-    ("--block_lr 1", "belongs to the script of another"), ("--blocks_to_swap 10", "not built yet"),
+    ("--block_lr 1", "belongs to the script of another"), ("--torch_compile", "not built yet"),
     ("--save_model_as ckpt", "--save_model_as")])
 def test_mistakes(read, argv, expected):
     with pytest.raises(UserError) as caught:

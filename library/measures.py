@@ -1,0 +1,69 @@
+"""The numbers of a step that go into the log, the CSV and the trackers, under the names they have there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from library.loop import StepReport
+
+# Name in the CSV -> name in the trackers. Learning rates of groups are "lr/<group>" there.
+NAMES = {"loss": "loss/step", "mean_loss": "loss/average", "validation_loss": "loss/validation", "grad_norm": "loss/grad_norm",
+         "learning_rate": "lr", "seconds": "speed/seconds_per_step", "images_per_second": "speed/images_per_second",
+         "data_wait": "speed/data_wait_share", "mfu": "speed/mfu", "peak_bytes": "memory/peak_bytes"}
+
+# Dense matrix products in bf16 or fp16 with float32 sums, 1e12 operations per second: from the maker's data sheets and, for
+# GeForce, its papers on Ampere, Ada and Blackwell. The first name that is part of the device's own name counts.
+PEAKS = (
+    ("B200", 2250), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200 NVL", 835), ("H200", 989), ("A100", 312),
+    ("A800", 312), ("L40S", 362), ("L40", 181), ("L4", 121), ("RTX 6000 Ada", 364), ("RTX A6000", 155), ("A40", 150),
+    ("A10", 125), ("RTX 5090", 209.5), ("RTX 5080", 112.6), ("RTX 4090 D", 147), ("RTX 4090", 165.2), ("RTX 4080 SUPER", 104.4),
+    ("RTX 4080", 97.5), ("RTX 3090 Ti", 80), ("RTX 3090", 71), ("RTX 3080 Ti", 68), ("RTX 3080", 59.5),
+)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Floating-point operations per second that ``device`` can do in products of ``dtype``; None where that is not known."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return known_peak(torch.cuda.get_device_name(device))
+
+
+def known_peak(name: str) -> float | None:
+    """The same by the name of the device, e.g. ``NVIDIA H100 80GB HBM3``."""
+    words = f" {name} ".replace("-", " ")
+    if " Laptop " in words or " Max Q " in words:
+        return None  # the same number on another chip
+    return next((peak * 1e12 for part, peak in PEAKS if f" {part} " in words), None)
+
+
+class Measures:
+    """Makes the numbers of each step. ``rates(step)``: the learning rate of each group in step number ``step`` (from 1).
+
+    ``step_flops(report)``: floating-point operations of a step over all devices, forward and backward, without what is
+    computed twice; ``peak``: of all devices together. Without one of them there is no ``mfu``.
+    """
+
+    def __init__(self, rates: Callable[[int], Mapping[str, float]], step_flops: Callable[[StepReport], float] | None = None,
+                 peak: float | None = None):
+        self.rates, self.step_flops, self.peak = rates, step_flops, peak
+        self.mean_loss: float | None = None
+
+    def of(self, report: StepReport) -> dict[str, float]:
+        """By the names of the CSV; rates of groups as ``lr/<group>``. ``mean_loss`` is a running mean over some twenty steps."""
+        self.mean_loss = report.loss if self.mean_loss is None else 0.95 * self.mean_loss + 0.05 * report.loss
+        values = {"loss": report.loss, "mean_loss": self.mean_loss, "learning_rate": report.update.learning_rate,
+                  "grad_norm": report.update.grad_norm, "seconds": report.seconds,
+                  "images_per_second": report.samples / report.seconds, "data_wait": report.waited / report.seconds,
+                  "peak_bytes": report.peak_bytes}
+        if self.step_flops is not None and self.peak:
+            values["mfu"] = self.step_flops(report) / report.seconds / self.peak
+        return values | {f"lr/{name}": rate for name, rate in self.rates(report.step).items()}
+
+
+def for_trackers(values: Mapping[str, float]) -> dict[str, float]:
+    """The same under the trackers' names; the rate of the first group is there by its group's name."""
+    return {NAMES.get(name, name): value for name, value in values.items() if name != "learning_rate"}

@@ -1,0 +1,92 @@
+"""What a run has left on disk, and what can be done with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from library.checkpoint.state_find import found_states
+from library.config.save_formats import SUFFIXES, is_pipeline, size_of
+
+FILES = 12  # listed, the newest first
+AVERAGED = "-ema"  # after the output name, in the names of averaged weights
+
+
+@dataclass(frozen=True)
+class Result:
+    """A checkpoint or a state. ``when``: seconds since the epoch; ``what``: after which step or epoch, or "the end"."""
+
+    name: str
+    is_state: bool
+    is_folder: bool
+    what: str
+    size: int
+    when: float
+
+
+def find_results(folder: Path, name: str) -> list[Result]:
+    """Checkpoints, averaged ones included, and states of the run of this name, newest first."""
+    endings = "|".join(re.escape(suffix) for suffix in set(SUFFIXES.values()))
+    pattern = re.compile(rf"{re.escape(name)}(?P<average>{AVERAGED})?(?:-step(?P<step>\d{{8,}})|-(?P<epoch>\d{{6,}}))?"
+                         rf"(?P<ending>{endings})")
+    states, found = {path.name for path in found_states(folder, name) if path.parent == folder}, []
+    try:
+        entries = list(folder.iterdir())
+    except OSError:
+        return []
+    for path in entries:
+        state = path.name in states
+        match = pattern.fullmatch(path.name.removesuffix("-state") if state else path.name)
+        if match is None or not (state or (is_pipeline(path) if path.is_dir() else bool(match["ending"]))):
+            continue
+        try:
+            epoch = f"epoch {int(match['epoch'])}" if match["epoch"] else "the end"
+            what = f"step {int(match['step']):,}" if match["step"] else epoch
+            what += ", averaged" if match["average"] else ""
+            found.append(Result(path.name, state, path.is_dir(), what, size_of(path), path.stat().st_mtime))
+        except OSError:
+            continue  # removed in this moment
+    return sorted(found, key=lambda result: (-result.when, result.name))
+
+
+def next_steps(name: str, program: str, finished: bool, results: Sequence[Result]) -> Iterable[str]:
+    """A list of things to do, with the files they are done with."""
+    models, states = ([each for each in results if each.is_state == kind] for kind in (False, True))
+    yield '<ul class="steps">'
+    if models:
+        newest = models[0]
+        kind = ("is a diffusers folder: give its path to <code>from_pretrained</code>" if newest.is_folder else
+                "has the layout of the file that training began with: put it where that one lies (the folder for models of "
+                "ComfyUI, Forge or SwarmUI), and choose it there in its place")
+        yield (f'<li><b>Look at what it learned.</b> <span class="name">{escape(newest.name)}</span> ({escape(newest.what)}) '
+               f"{kind}.{_files(models)}</li>")
+    else:
+        yield ("<li><b>No model has been saved yet.</b> It is written at the end; --save_every_n_steps and --save_every_n_epochs "
+               "write some on the way.</li>")
+    command = f'accelerate launch {escape(program)} --config_file "<span class="here">{escape(name)}_config.toml</span>"'
+    if states:
+        longer = " --max_train_steps N" if finished else ""
+        why = "Train longer." if finished else "Go on after an interruption."
+        yield (f"<li><b>{why}</b> From {escape(states[0].name)} ({escape(states[0].what)}), exactly as if there had been no stop:"
+               f"<pre>{command} --resume latest{longer}</pre>{_files(states)}</li>")
+    else:
+        yield ("<li><b>No state to resume from.</b> A run that is stopped with Ctrl-C leaves one; --save_state or "
+               "--save_state_every_n_steps write some on the way.</li>")
+    yield ("<li><b>Do it again, or with one thing changed.</b> Flags on the command line win over the file:"
+           f"<pre>{command}</pre></li></ul>")
+
+
+def _files(results: Sequence[Result]) -> str:
+    if len(results) < 2:
+        return ""
+    rows = "".join(f'<tr><td>{escape(each.name)}</td><td>{escape(each.what)}</td><td class="number">{bytes_text(each.size)}</td>'
+                   "</tr>" for each in results[:FILES])
+    more = f"<p class=\"soft small\">and {len(results) - FILES} older ones</p>" if len(results) > FILES else ""
+    return f'<details><summary>all {len(results)}</summary><table class="files"><tbody>{rows}</tbody></table>{more}</details>'
+
+
+def bytes_text(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

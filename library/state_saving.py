@@ -1,0 +1,78 @@
+"""When to write a state, what to call it, which old ones to remove. Names and retention follow the dialect."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from library.checkpoint.state_find import SUFFIX, found_states, remove_states
+from library.config.schema import SavingOptions
+from library.config.state_options import StateOptions
+from library.saving import epoch_name, epochs_between_saves, final_name, outdated, step_name
+
+
+class StateSaver:
+    """Calls ``write(path, step, epoch)`` when a state is due, then removes those that are no longer kept.
+
+    ``write`` must put a whole state in place or raise; nothing is removed then, nor before the new state was read back. With
+    ``--save_state`` a state goes with every checkpoint, so the same settings say when; ``--save_state_every_n_steps`` asks for
+    states of their own. As in the dialect retention counts steps for the one kind and saved epochs for the other, and where it
+    has no setting of its own that of the checkpoints holds.
+    """
+
+    def __init__(self, output_dir: Path, output_name: str, options: StateOptions, saving: SavingOptions, *, total_epochs: int,
+                 write: Callable[[Path, int, int], None]):
+        self.folder, self.name, self.options, self.total_epochs, self._write_state = (
+            output_dir, output_name, options, total_epochs, write)
+        self.every_n_steps = saving.save_every_n_steps
+        self.every_n_epochs = epochs_between_saves(saving.save_every_n_epochs, saving.save_n_epoch_ratio, total_epochs)
+        self.last_n_steps = options.save_last_n_steps_state or saving.save_last_n_steps
+        self.last_n_epochs = options.save_last_n_epochs_state or saving.save_last_n_epochs
+        self.latest: tuple[int, Path] | None = None
+
+    def due_after_step(self, step: int) -> bool:
+        """Whether ``step`` steps (from 1) call for a state; another moment may call for one at the same step."""
+        periods = (self.options.save_state_every_n_steps, self.every_n_steps if self.options.save_state else None)
+        return any(period and step % period == 0 for period in periods)
+
+    def after_step(self, step: int, epoch: int) -> Path | None:
+        if not self.due_after_step(step):
+            return None
+        path = self._write(step_name(self.name, step, SUFFIX), step, epoch)
+        if self.last_n_steps:
+            self._remove(r"-step(\d{8,})", step, self.last_n_steps + 1, path)
+        return path
+
+    def after_epoch(self, epoch: int, step: int) -> Path | None:
+        """After ``epoch`` finished epochs; not after the last, which the end of training follows."""
+        if not (self.options.save_state and self.every_n_epochs) or epoch % self.every_n_epochs or epoch >= self.total_epochs:
+            return None
+        path = self._write(epoch_name(self.name, epoch, SUFFIX), step, epoch)
+        if self.last_n_epochs:
+            self._remove(r"-(\d{6,})", epoch, self.last_n_epochs * self.every_n_epochs, path)
+        return path
+
+    def final(self, step: int, epoch: int) -> Path | None:
+        if not (self.options.save_state or self.options.save_state_on_train_end):
+            return None
+        return self._write(final_name(self.name, SUFFIX), step, epoch)
+
+    def emergency(self, step: int, epoch: int) -> Path | None:
+        """A state of the last complete step when a run is stopped, whatever the settings; None before the first step."""
+        if step == 0:
+            return None
+        if self.latest is not None and self.latest[0] == step:
+            return self.latest[1]
+        return self._write(step_name(self.name, step, SUFFIX), step, epoch)
+
+    def _write(self, name: str, step: int, epoch: int) -> Path:
+        path = self.folder / name
+        self._write_state(path, step, epoch)
+        self.latest = (step, path)
+        return path
+
+    def _remove(self, numbered: str, current: int, keep: int, newest: Path) -> None:
+        by_name = {path.name: path for path in found_states(self.folder, self.name) if path.parent == self.folder}
+        pattern = re.compile(rf"{re.escape(self.name)}{numbered}{SUFFIX}")
+        remove_states([by_name[name] for name in outdated(by_name, pattern, current, keep)], newest)

@@ -1,0 +1,54 @@
+"""Flags of resuming that would do nothing are refused. The classes are tried in a script of their own."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from flux_train import ENTRY
+from library.config.parse import Config, parse
+from library.config.schema import SavingOptions
+from library.config.state_options import EmaOptions, StateOptions
+
+
+def problems(options, saving=None, changed=()):
+    """The options' own conflicts, beside settings of saving."""
+    config = parse(ENTRY, ["--pretrained_model_name_or_path=m.safetensors", "--dataset_config=d.toml", "--output_dir=o"], {})
+
+    class Changed(Config):
+        def changed(self):
+            return frozenset(changed)
+    fields = {each.name: getattr(config, each.name) for each in dataclasses.fields(Config)} | {"saving": saving or SavingOptions()}
+    return [str(error) for _, error in options.problems(Changed(**fields))]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("m.safetensors", "d.toml"):
+        Path(name).write_text("")
+
+
+@pytest.mark.parametrize("options, saving, expected", [
+    (StateOptions(), {}, ""),
+    (StateOptions(resume="latest", resume_anyway=True), {}, ""),
+    (StateOptions(resume_anyway=True), {}, "--resume_anyway: has no effect without --resume; add --resume latest"),
+    (StateOptions(save_last_n_steps_state=5), {"save_every_n_steps": 5}, "--save_last_n_steps_state: has no effect: no states"),
+    (StateOptions(save_last_n_steps_state=5, save_state=True), {"save_every_n_steps": 5}, ""),
+    (StateOptions(save_last_n_steps_state=5, save_state_every_n_steps=2), {}, ""),
+    (StateOptions(save_last_n_epochs_state=5, save_state=True), {}, "--save_last_n_epochs_state: has no effect: no states"),
+    (StateOptions(save_last_n_epochs_state=5, save_state=True), {"save_n_epoch_ratio": 2}, ""),
+])
+def test_conflicts_of_states(options, saving, expected):
+    found = problems(options, SavingOptions(**saving))
+    assert len(found) == bool(expected) and all(line.startswith(expected) for line in found)
+
+
+def test_whether_states_are_written():
+    assert not StateOptions(resume="latest").wanted and StateOptions(save_state_every_n_steps=1).wanted
+    assert StateOptions(save_state=True).wanted and StateOptions(save_state_on_train_end=True).wanted
+
+
+def test_conflicts_of_the_average():
+    assert problems(EmaOptions()) == [] == problems(EmaOptions(0.99, "gpu"), changed={"ema_device", "ema_decay"})
+    assert problems(EmaOptions(None, "gpu"), changed={"ema_device"})[0].startswith("--ema_device: has no effect without --ema_decay")
