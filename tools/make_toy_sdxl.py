@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write an untrained toy SDXL: the single file of the release with every part in its layout, a hundredth of the size.
+"""Write an untrained toy SDXL: the single file of the release with every part in its layout, a three-hundredth of the size.
 
     python tools/make_toy_sdxl.py --output output/quickstart/toy
 
