@@ -72,8 +72,8 @@ class RunPlan:
         config = self.config
         clipped = setting.unit != "model" and bool(config.optimizer.max_grad_norm)  # which was asked for by name
         scaled = setting.unit != "model" and config.precision.mixed_precision == "fp16"
-        return offered(setting) and not clipped and not scaled and all(config.origins[name] == DEFAULT or getattr(config.memory, name) == value
-                                        for name, value in flags_of(setting).items())
+        return offered(setting) and not clipped and not scaled and all(
+            config.origins[name] == DEFAULT or getattr(config.memory, name) == value for name, value in flags_of(setting).items())
 
     def _choose(self, budget: int) -> None:
         """Let the memory flags be those that fit ``budget`` best."""
@@ -138,7 +138,11 @@ def advice_for(error: Exception, plan: Callable[[], RunPlan]) -> UserError | Non
     """What to say in place of an error of torch that means that the card's memory was too small; None for all other errors."""
     if type(error).__name__ != "OutOfMemoryError":
         return None
-    return UserError(f"out of memory on the device: {str(error).splitlines()[0].rstrip('.')}", remedy=plan().advice())
+    try:
+        advice = plan().advice()
+    except UserError:  # there is no plan of this model
+        advice = "add --gradient_checkpointing or --blocks_to_swap N, or lower the batch size"
+    return UserError(f"out of memory on the device: {str(error).splitlines()[0].rstrip('.')}", remedy=advice)
 
 
 def _this_card() -> Card | None:

@@ -59,7 +59,17 @@ def compare(saved: str, config: Config) -> list[Change]:
         if name.startswith("cache_text_encoder_outputs") and _text_cached(before) == _text_cached(now):
             continue  # two names of one thing; where it is kept does not matter
         changes.append(Change(f"--{name}", _shown(old), _shown(new), rule.reason, rule.verdict == FIXED))
+    norms = [_clipping(values) for values in (before, now)]
+    if norms[0] != norms[1] and before.get("max_grad_norm") == now.get("max_grad_norm"):
+        changes.append(Change("the gradient norm in force", f"{norms[0]:g}", f"{norms[1]:g}",
+                              "--max_grad_norm is 0 by itself where weights are updated during the backward pass"))
     return changes
+
+
+def _clipping(values: Mapping[str, Any]) -> float:
+    """``--max_grad_norm`` in force, of settings as they were saved."""
+    inside = any(values.get(name) for name in ("blocks_to_swap", "fused_backward_pass", "blockwise_fused_optimizers"))
+    return values.get("max_grad_norm", 0.0 if inside else 1.0)
 
 
 def require_same(saved: StateFacts, now: StateFacts, config: Config, place: str, anyway: bool) -> list[Change]:

@@ -62,6 +62,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("memory", "fused_backward_pass"): Rule(CHANGES, "gradients are not clipped by their common norm"),
     ("memory", "blockwise_fused_optimizers"): Rule(CHANGES, "gradients are not clipped by their common norm"),
     ("saving", SECTION): _WORDS,
+    ("hub", SECTION): _WORDS,
     ("state", SECTION): _WORDS,
     ("metadata", SECTION): _WORDS,
     ("sampling", SECTION): _WORDS,

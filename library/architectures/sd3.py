@@ -46,6 +46,7 @@ class Sd3:
     """The adapter of one run. Construction reads headers only and refuses wrong, missing or unsupported files at once."""
 
     latent = Sd3Options.latent
+    base_version = "sd3"  # in the metadata of saved files
 
     def __init__(self, model: ModelOptions, options: Sd3Options, objective: WeightedFlowOptions):
         self.attention, self.options, self.objective_options = model.attention, options, objective

@@ -9,7 +9,8 @@ import pytest
 from flux_train import ENTRY
 from library.config.data_options import INTERPOLATIONS, CachingOptions, DatasetOptions
 from library.config.flow_options import FlowOptions
-from library.config.schema import LoggingOptions, MemoryOptions, PrecisionOptions, SavingOptions
+from library.config.memory_options import MemoryOptions
+from library.config.schema import LoggingOptions, PrecisionOptions, SavingOptions
 from library.config.values import (read_bytes, read_class_name, read_range, read_size, read_suffixes, read_warmup, show,
                                    to_bytes, toml_text)
 from tools import migrating_page, options_page

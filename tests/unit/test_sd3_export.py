@@ -181,10 +181,11 @@ def test_a_folder_becomes_a_single_file_and_back(tmp_path):
 def test_retention_removes_the_encoders_with_their_model_and_inputs_are_protected(tmp_path):
     written = []
 
-    def write(path, _facts):
+    def write(path, _facts, then, at_once=False):
         for name in (path, path.with_name(f"{path.stem}_clip_l.safetensors")):
             name.write_bytes(b"x")
             written.append(name.name)
+        then()
 
     saver = Saver(tmp_path, "run", total_epochs=9, write=write, every_n_steps=1, last_n_steps=1)
     for step in (1, 2, 3):

@@ -177,7 +177,8 @@ def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(caplog, monkeypa
         tracker.write(step, {"loss/step": 1.0})
     tracker.close()
     assert kept == [1, 2, "closed"]
-    assert [record.message for record in caplog.records] == ["broken gets no more curves, training goes on: ConnectionError: gone"]
+    told = {id(record): record.message for record in caplog.records}  # a test before this one may have left a second listener
+    assert list(told.values()) == ["broken gets no more curves, training goes on: ConnectionError: gone"]
 
 
 def test_a_tracker_that_cannot_be_started_is_told_without_the_key(monkeypatch):
