@@ -138,7 +138,8 @@ class _Run:
             anchor = torch.empty(0, requires_grad=any(parameter.requires_grad for parameter in block.parameters()))
             outputs = _Block.apply(self, place, inside, anchor, *tensors)
             self._open_gap()
-            return tree_unflatten(list(outputs), results[0])
+            (shape, present), made = results[0], iter(outputs)
+            return tree_unflatten([next(made) if there else None for there in present], shape)
 
         return run
 
@@ -150,7 +151,8 @@ class _Run:
         first = len(trace.sizes)
         self._enter(segment)
         with torch.enable_grad():
-            outputs, structure = tree_flatten(forward(*args, **kwargs))
+            results, structure = tree_flatten(forward(*args, **kwargs))
+            outputs = [leaf for leaf in results if leaf is not None]  # a last block may have nothing to say about its text
             self._leave()
             with torch.autocast("cpu", enabled=False):
                 torch.clear_autocast_cache()
@@ -161,7 +163,8 @@ class _Run:
                 if graded:
                     torch.autograd.backward(graded, gradients)
                 segment.backward_peak, segment.backward = trace.peak - before, trace.take_work()
-        return _Pattern.of(segment.close(), first, inputs, [output.detach() for output in outputs], structure, trace)
+        return _Pattern.of(segment.close(), first, inputs, [output.detach() for output in outputs],
+                           (structure, tuple(leaf is not None for leaf in results)), trace)
 
     def begin_backward(self) -> None:
         self._leave()
