@@ -38,6 +38,10 @@ class UserErrors(UserError):
         return tuple(line for error in self.errors for line in error.problems)
 
 
+class NoRoom(UserError):
+    """The disk has less room than the file needs; nothing was written."""
+
+
 def raise_all(errors: Sequence[UserError]) -> None:
     """Raise nothing, the only error, or all of them together."""
     if len(errors) == 1:

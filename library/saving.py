@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from library.checkpoint.verify import Damaged
-from library.checkpoint.writer import NoRoom
 from library.config.save_formats import BESIDE, SUFFIXES, beside, is_pipeline
+from library.errors import NoRoom
 from library.log import log
 
 SUFFIX = SUFFIXES["safetensors"]

@@ -17,13 +17,9 @@ from library.atomic import atomic_file
 from library.checkpoint.dtypes import FLOAT8, TORCH_DTYPES
 from library.checkpoint.export import Entry
 from library.checkpoint.header import DTYPE_BYTES
-from library.errors import UserError
+from library.errors import NoRoom, UserError
 
 CHUNK_ELEMENTS = 4 << 20
-
-
-class NoRoom(UserError):
-    """The disk has less room than the file needs; nothing was written."""
 
 
 DIGEST = "0" * 64  # as a value of metadata: stands for the digits of the sha256 of all tensor data

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from library.checkpoint.verify import Damaged
-from library.checkpoint.writer import NoRoom
-from library.errors import UserError
+from library.errors import NoRoom, UserError
 from library.log import log
 from library.saving import LONGEST_PAUSE, Retry, Saver, endangered, epochs_between_saves, is_full, may_pass, outdated
 
