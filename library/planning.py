@@ -77,8 +77,15 @@ class RunPlan:
 
     def _choose(self, budget: int) -> None:
         """Let the memory flags be those that fit ``budget`` best."""
-        choice = self.planner.choose(budget, self.card or with_memory(budget))
+        card = self.card or with_memory(budget)
+        plain = Planner(self.measured, self.planner.fixed, lambda one: one.unit == "model" and self._allowed(one))
+        try:  # what changes no number comes first: steps inside the backward pass know no norm of all gradients to clip by
+            choice = plain.choose(budget, card)
+        except UserError:
+            choice = self.planner.choose(budget, card)
         setting = choice.needs.setting
+        if setting.unit != "model" and self.config.memory.unit is None:
+            self.notes.append("weights are updated during the backward pass now, so --max_grad_norm is 0")
         self.config = replace(self.config, memory=replace(self.config.memory, **flags_of(setting)))
         self.notes.append(f"--vram_budget {self.config.memory.vram_budget}: {setting.words()}; {choice.why()}")
         if choice.needs.encoding_bytes > budget:

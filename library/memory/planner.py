@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from library.errors import UserError
 from library.memory.cards import Card
@@ -12,6 +13,7 @@ from library.memory.needs import Needs
 from library.memory.setting import Fixed, Setting
 
 WORTH = 0.03  # of the device's memory: what a piece of advice has to save at least
+PARTS = 8  # of all blocks, for numbers of streamed ones to choose from
 
 Allowed = Callable[[Setting], bool]
 """Which settings may be chosen: what the user's other settings go with, and what is built."""
@@ -46,7 +48,7 @@ class Planner:
     def choose(self, budget: int, card: Card) -> Choice:
         """The setting within ``budget`` bytes of device memory with the shortest step on ``card``; of equals the one that changes
         least. UserError when none fits, with the least that is possible."""
-        found = [(self.needs(setting)) for setting in self.settings()]
+        found = self._lattice
         seconds = {needs.setting: needs.time(card).total for needs in found}
         fitting = [needs for needs in found if needs.device_bytes <= budget]
         if not fitting:
@@ -57,14 +59,20 @@ class Planner:
         best = min(fitting, key=lambda needs: round(seconds[needs.setting], 4))  # the first of equals
         return Choice(best, card, seconds[best.setting], min(seconds.values()))
 
+    @cached_property
+    def _lattice(self) -> list[Needs]:
+        """What each setting needs; its bytes do not depend on the card."""
+        return [self.needs(setting) for setting in self.settings()]
+
     def settings(self) -> Iterator[Setting]:
-        """The lattice, from the plainest setting on."""
+        """The lattice, from the plainest setting on; of streamed blocks at most nine numbers."""
         blocks = len(self.measured.blocks)
+        counts = sorted({round(blocks * part / PARTS) for part in range(PARTS + 1)}) if blocks > PARTS else range(blocks + 1)
         policies = [Setting(), *(Setting("all", every) for every in (4, 3, 2)), Setting("selective"), Setting("all"),
                     Setting("all", offload=True)]
         for policy in policies:
             for unit in ("model", "block", "parameter"):
-                for streamed in range(blocks + 1):
+                for streamed in counts:
                     for stream_states in (False, True):
                         setting = replace(policy, unit=unit, streamed=streamed, stream_states=stream_states)
                         if setting.problem(blocks) is None and self._allowed(setting):
