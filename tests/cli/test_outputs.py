@@ -225,7 +225,8 @@ def test_files_written_beside_the_training_are_the_same(base, tmp_path):
     for name in checkpoints(one):
         (tensors, facts), (others, other_facts) = tensors_and_facts(one / name), tensors_and_facts(other / name)
         assert facts == other_facts and all(torch.equal(tensors[key], others[key]) for key in tensors | others), name
-        assert (one / name).stat().st_size == (other / name).stat().st_size
+        # times in the metadata have more or fewer digits
+        assert abs((one / name).stat().st_size - (other / name).stat().st_size) <= 64
         verify(other / name)
 
 
