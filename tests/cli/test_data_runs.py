@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.cli.runs import column, run_all, running
+from tests.cli.conftest import run_all
+from tests.cli.runs import column, running
 from tests.contract.conftest import dataset_file, losses, make_pictures
 
 SHORT = ("--t5xxl_max_token_length", "16")

@@ -394,7 +394,7 @@ def test_uploads_and_secrets(files, tmp_path):
                           "--huggingface_path_in_repo", "runs", "--huggingface_token", GOOD_TOKEN, "--logging_dir", "logs",
                           "--log_config", "--sample_prompts", "prompts.txt", "--sample_every_n_steps", 4,
                           "--console_log_file", "told.log", cwd=home, HOME=str(home), HF_ENDPOINT=address, HF_HUB_OFFLINE="0",
-                          WANDB_API_KEY="wandbSECRET0123", PYTHONDONTWRITEBYTECODE="1")
+                          WANDB_API_KEY="wandbSECRET0123", PYTHONDONTWRITEBYTECODE="1", fresh=True)
     assert done.status == 0 and "Traceback" not in done.text, done.text
     assert {path: hashlib.sha256(data).hexdigest() for (_, path), data in stub.files.items()} == {
         f"runs/{name}": hashlib.sha256((home / "out" / name).read_bytes()).hexdigest() for name in checkpoints(home / "out")}
@@ -424,7 +424,7 @@ def test_absolute_paths_stay_out_of_what_is_passed_on(base, tmp_path):
 
 def test_a_wrong_token_ends_the_run_before_it_begins(base, tmp_path):
     with serving(HubStub()) as address:
-        done = run_script(*base, *SHORT, "--huggingface_repo_id", "me/x", HF_TOKEN="hf_wrongTOKEN", HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+        done = run_script(*base, *SHORT, "--huggingface_repo_id", "me/x", HF_TOKEN="hf_wrongTOKEN", HF_ENDPOINT=address, HF_HUB_OFFLINE="0", fresh=True)
     assert done.status == 2 and done.errors == [
         "error: --huggingface_token: the hub does not know this access token; set HF_TOKEN, run `hf auth login`, or give "
         "--huggingface_token; make one at huggingface.co/settings/tokens"], done.text
@@ -435,6 +435,6 @@ def test_a_hub_that_fails_does_not_end_the_run(base, tmp_path):
     stub = HubStub()
     stub.broken = 400
     with serving(stub) as address:
-        done = run_script(*base, *SHORT, "--huggingface_repo_id", "me/x", HF_TOKEN=GOOD_TOKEN, HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+        done = run_script(*base, *SHORT, "--huggingface_repo_id", "me/x", HF_TOKEN=GOOD_TOKEN, HF_ENDPOINT=address, HF_HUB_OFFLINE="0", fresh=True)
     assert done.status == 0 and "NOT UPLOADED, training goes on: last.safetensors" in done.text and GOOD_TOKEN not in done.text
     assert checkpoints(tmp_path / "out") == ["last.safetensors"]

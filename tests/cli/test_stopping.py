@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.conftest import ROOT, run_script, with_flag
-from tests.cli.runs import SCRIPT, checkpoints, header, launcher, rows, run_all, running
+from tests.cli.conftest import ROOT, run_all, run_script, with_flag
+from tests.cli.runs import SCRIPT, checkpoints, header, launcher, rows, running
 
 PLAIN = [sys.executable, str(ROOT / SCRIPT)]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
