@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+
+from library.report.curves import turned_after
 
 if TYPE_CHECKING:
     from library.loop import StepReport
@@ -66,4 +68,25 @@ class Measures:
 
 def for_trackers(values: Mapping[str, float]) -> dict[str, float]:
     """The same under the trackers' names; the rate of the first group is there by its group's name."""
-    return {NAMES.get(name, name): value for name, value in values.items() if name != "learning_rate"}
+    return {NAMES.get(name, name).replace("validation_loss", NAMES["validation_loss"]): value
+            for name, value in values.items() if name != "learning_rate"}
+
+
+class HeldOut:
+    """The course of the loss on held-out pictures, and a word when it turns. ``points``: (step, loss) of before a resume."""
+
+    def __init__(self, points: Iterable[tuple[int, float]] = ()):
+        self.points = list(points)
+        best = turned_after([loss for _, loss in self.points])
+        self.told = None if best is None else self.points[best][0]
+
+    def add(self, step: int, loss: float) -> str | None:
+        """Take in a measurement. What there is to say now; once for each lowest value."""
+        self.points.append((step, loss))
+        best = turned_after([value for _, value in self.points])
+        if best is None or self.points[best][0] == self.told:
+            return None
+        self.told, lowest = self.points[best]
+        return (f"the loss on the held-out pictures was lowest after step {self.told} ({lowest:.5f}) and is {loss:.5f} now: the "
+                "model learns its pictures by heart; the files saved about then are likely the better ones. More pictures, fewer "
+                "steps or a lower --learning_rate move that point")

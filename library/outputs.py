@@ -26,12 +26,12 @@ from library.encode import Encoded
 from library.errors import UserError
 from library.log import CSV_FIELDS, Progress, StepLog, log
 from library.loop import StepReport
-from library.measures import Measures, for_trackers, peak_flops
+from library.measures import HeldOut, Measures, for_trackers, peak_flops
 from library.optim.updater import NonFinite
 from library.plots import write_loss_curve
 from library.prompts import Prompt
 from library.report.html import BROKEN, FINISHED, STOPPED
-from library.report.rows import keep_rows
+from library.report.rows import Rows, keep_rows
 from library.run_metadata import Facts, Moment, fields
 from library.saving import Saver, final_name, is_full, may_pass
 from library.state_saving import StateSaver
@@ -39,6 +39,7 @@ from library.states import Keeping, averaged
 from library.step import evaluating
 from library.trackers import open_tracker, public_settings
 from library.upload import Uploader
+from library.validation import Validating
 from library.writing import Writer
 
 FINAL_TRIES, FINAL_PAUSE = 60, 10.0  # of the result on a full disk; seconds
@@ -54,7 +55,7 @@ class Outputs:
 
     def __init__(self, config: Config, runtime: Runtime, arch: Architecture, method: ModuleType, denoiser: nn.Module,
                  encoders: TextEncoders, encoded: Encoded, prompts: tuple[Prompt, ...], resolution: tuple[int, int], *,
-                 total_steps: int, steps_per_epoch: int, validate: Callable[[StepReport], float | None], facts: Facts,
+                 total_steps: int, steps_per_epoch: int, validate: Validating, facts: Facts,
                  rates: Callable[[int], Mapping[str, float]], uploader: Uploader, keeping: Keeping,
                  step_flops: Callable[[StepReport], float] | None = None,
                  reading: Callable[[], AbstractContextManager] = nullcontext):
@@ -92,6 +93,7 @@ class Outputs:
             write_atomic(self.folder / f"{self.name}_config.toml", to_toml(config))
         peak = peak_flops(runtime.device, runtime.compute_dtype)
         self.measures = Measures(rates, step_flops, peak and peak * runtime.world_size)
+        self.held_out = HeldOut()
         self.step_log = self._open_log([f"lr/{name}" for name in rates(1)])
         self.tracker = open_tracker(config.logging, public_settings(config) if config.logging.log_config else None, main)
         self.progress = Progress(total_steps, keeping.first_step, main)
@@ -99,9 +101,15 @@ class Outputs:
 
     def _open_log(self, rates: list[str]) -> StepLog:
         path, first = self.folder / f"{self.name}_log.csv" if self.runtime.is_main else None, self.keeping.first_step
-        columns = [*rates, *(["validation_loss_ema"] if self.keeping.ema is not None else [])]
+        parts = self.validate.names
+        averages = [f"validation_loss_ema{part}" for part in ("", *parts)] if self.keeping.ema is not None else []
+        columns = [*rates, *(f"validation_loss{part}" for part in parts), *averages]
         if path is not None and first:
             keep_rows(path, first, (*CSV_FIELDS, *columns))
+            rows = Rows(path)
+            rows.read()
+            steps, losses = rows.points("validation_loss")
+            self.held_out = HeldOut(zip(steps.astype(int).tolist(), losses.tolist(), strict=True))
         return StepLog(path, columns, append=bool(first))
 
     def _average_saver(self, suffix: str) -> Saver:
@@ -146,13 +154,8 @@ class Outputs:
         values = self.measures.of(report)
         self.progress.update(report.step, values["mean_loss"], report.seconds, report.samples, report.peak_bytes,
                              values["data_wait"])
-        validation_loss = None if report.stopping else self.validate(report)
-        if validation_loss is not None:
-            values["validation_loss"] = validation_loss
-            log.info("loss on the held-out pictures after step %d: %.5f", report.step, validation_loss)
-            if self.keeping.ema is not None:
-                with averaged(self.keeping.ema, self.reading):
-                    values["validation_loss_ema"] = self.validate(report)
+        if not report.stopping:
+            values |= self._measure(report)
         self.step_log.write({"step": report.step, "epoch": report.epoch + 1, **values})
         self.tracker.write(report.step, for_trackers(values))
         if self.runtime.is_main:
@@ -161,6 +164,20 @@ class Outputs:
             self._preview(report.step, report.epoch + 1, report.epoch_ended)
         if self.keeping.report is not None:
             self.keeping.report.update()
+
+    def _measure(self, report: StepReport) -> dict[str, float]:
+        """The loss on the held-out pictures where that is due: of the weights as they are, and of their average."""
+        measured = self.validate(report)
+        if measured is None:
+            return {}
+        values = measured.values("validation_loss")
+        log.info("loss on the held-out pictures after step %d: %.5f", report.step, measured.loss)
+        if note := self.held_out.add(report.step, measured.loss):
+            log.warning(note)
+        if self.keeping.ema is not None:
+            with averaged(self.keeping.ema, self.reading):
+                values |= self.validate(report).values("validation_loss_ema")
+        return values
 
     def _save_what_is_due(self, report: StepReport) -> None:
         """A file that cannot be written now, on a full disk say, is no reason to give up the training: it is tried again."""

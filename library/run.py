@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from library.data.tokens import TokenMeter
     from library.dist import Runtime
     from library.encode import Encoded
-    from library.loop import StepReport, Task
     from library.optim.groups import Group
     from library.report.report import Report
     from library.run_metadata import Facts
@@ -93,6 +92,7 @@ def run(entry: Entry, config: Config) -> None:
     from library.memory.report import beside_plan
     from library.outputs import Outputs
     from library.planning import advice_for
+    from library.validation import Validating
 
     runtime = join(config, data)
     saved = states.find(config, runtime)
@@ -132,7 +132,7 @@ def run(entry: Entry, config: Config) -> None:
                              open_report(entry, config, data, plan, total_steps, group_rates) if runtime.is_main else None)
     with Outputs(config, runtime, arch, method, denoiser, encoders, encoded, data.prompts, data.resolution,
                  total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch, reading=engine.readable,
-                 validate=build_validation(config, runtime, data, task), uploader=uploader, rates=group_rates,
+                 validate=Validating(task, config.dataset, data.batch_sizes), uploader=uploader, rates=group_rates,
                  facts=facts_of(config, data, arch, plan, groups, rates, total_steps), keeping=keeping) as outputs:
         log.info("ready after %.1f s; steps in all: %d", time.monotonic() - started, total_steps)
         outputs.before_training()
@@ -362,19 +362,3 @@ def count_steps(config: Config, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run: ``--max_train_epochs`` wins over ``--max_train_steps``."""
     epochs = config.training.max_train_epochs
     return epochs * steps_per_epoch if epochs else config.training.max_train_steps
-
-
-def build_validation(config: Config, runtime: Runtime, data: DataPlan, task: Task) -> Callable[[StepReport], float | None]:
-    """Measures the loss on the held-out pictures after the steps at which that is due; None at all others."""
-    from library.validation import Schedule, Validation
-
-    held_out, options = task.encoded.validation, config.dataset
-    if held_out is None:
-        return lambda report: None
-    plan = plans.StepPlan(held_out.items, batch_sizes=data.batch_sizes, seed=0, world_size=runtime.world_size)
-    times = Schedule(options.validate_every_n_steps, options.validate_every_n_epochs, task.total_steps)
-    validation = Validation(held_out, plan, options.max_validation_steps)
-
-    def validate(report: StepReport) -> float | None:
-        return validation.measure(task) if times.due(report.step, report.epoch + 1, report.epoch_ended) else None
-    return validate
