@@ -1,8 +1,8 @@
 """From a command line to an exit status: the only place that turns errors into words and codes.
 
-Exit status: 0 done (or stopped by a signal with everything saved), 2 a mistake the user can mend (one line each on
-stderr, no stack trace), 130 stopped at once by Ctrl-C: before training, or the second one. Anything else is a defect of
-ours and keeps its trace.
+Exit status: 0 done, 75 (``interrupt.STOPPED_STATUS``) stopped by a signal with everything saved, so that it can go on, 2 a
+mistake the user can mend (one line each on stderr, no stack trace), 130 stopped at once by Ctrl-C: before training, or the
+second one. Anything else is a defect of ours and keeps its trace.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(entry: Entry, argv: Sequence[str]) -> int:
         check(config)
         from library.run import run  # heavy imports (torch, diffusers) start here, after every refusal that needs none
 
-        run(entry, config)
+        return run(entry, config)
     except OutputWritten as written:
         print(written)
     except UserError as error:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from library.config.nan_policies import NAN_POLICIES, ROLLBACK, STOP
 from library.config.values import flag, read_warmup
 
 if TYPE_CHECKING:
@@ -106,6 +107,16 @@ class TrainingOptions:
     max_train_steps: int = flag(1600, "optimizer steps", minimum=1)
     max_train_epochs: int | None = flag(None, "passes over the dataset (overrides --max_train_steps)", minimum=0, off="0")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", minimum=1, off="1")
+    nan_policy: str = flag(STOP, "after a step whose loss or gradient is NaN or infinite: stop, skip that step, or go back to "
+                           "the newest state and train on from there without it", choices=NAN_POLICIES, off=STOP)
+
+    def problems(self, config: Config) -> Iterator[Problem]:
+        """Going back needs states to go back to."""
+        from library.config.check import conflict  # which imports this package's other modules
+
+        if self.nan_policy == ROLLBACK and not config.state.on_the_way(config.saving):
+            yield conflict(config, "nan_policy save_state save_state_every_n_steps", "rollback needs states that are written "
+                           "during training", "add --save_state_every_n_steps N, or use --nan_policy skip")
 
 
 @dataclass(frozen=True)

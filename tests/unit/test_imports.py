@@ -12,9 +12,11 @@ LAYERS = [
     ["checkpoint", "log", "dist"],
     ["data", "memory", "optim", "objectives"],
     ["prompts", "contact_sheet", "plots", "interrupt", "architectures", "methods", "preview", "saving", "background",
-     "writing", "state_saving", "resume", "resume_rules", "ema", "report"],
+     "writing", "state_saving", "resume", "resume_rules", "ema", "report", "nan_policy", "out_of_memory",
+     "state_writing"],
     ["step"],
-    ["trackers", "upload", "measures", "run_metadata", "encode", "loop", "validation", "build", "states", "outputs", "planning", "run"],
+    ["trackers", "upload", "measures", "run_metadata", "encode", "loop", "validation", "build", "states", "outputs", "ending",
+     "planning", "run"],
     ["app"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
