@@ -16,6 +16,7 @@ from pathlib import Path
 from library.config.check import check
 from library.config.parse import Entry, OutputWritten, parse
 from library.errors import UserError
+from library.out_of_memory import told
 
 
 def main(entry: Entry, argv: Sequence[str]) -> int:
@@ -58,10 +59,9 @@ def _report(problems: Sequence[str], of_one_process: bool = False) -> None:
 
 def _known_failure(error: Exception) -> list[str] | None:
     """Failures of the machine that have a remedy on the command line."""
-    if type(error).__name__ == "OutOfMemoryError":
-        return [f"out of memory on the device: {str(error).splitlines()[0]}; lower --train_batch_size or the resolution, "
-                "add --gradient_checkpointing, --cache_latents and --cache_text_encoder_outputs, "
-                "or use --optimizer_type AdamW8bit or Adafactor"]
+    memory = told(error)
+    if memory is not None:
+        return [str(memory)]
     peer_is_gone = isinstance(error, RuntimeError) and "Connection closed by peer" in str(error)
     if peer_is_gone or type(error).__name__ == "DistBackendError":
         return ["another process of this run has ended; its own message tells why"]

@@ -28,6 +28,7 @@ from library.log import CSV_FIELDS, Progress, StepLog, log
 from library.loop import StepReport
 from library.measures import Measures, for_trackers, peak_flops
 from library.optim.updater import NonFinite
+from library.out_of_memory import DRAWING, telling
 from library.plots import write_loss_curve
 from library.prompts import Prompt
 from library.report.html import BROKEN, FINISHED, STOPPED
@@ -320,8 +321,9 @@ class Outputs:
             return
         if self.runtime.is_main:
             try:
-                self._draw(step)
-            except UserError as error:  # a full disk, or on Windows a contact sheet that a viewer has open
+                with telling(*DRAWING):
+                    self._draw(step)
+            except UserError as error:  # a full disk, too little memory, on Windows a contact sheet that a viewer has open
                 if step == 0:
                     raise
                 log.error("no previews at step %d, training goes on: %s", step, error)

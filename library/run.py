@@ -28,6 +28,7 @@ from library.data.tokens import Counted, count_longest
 from library.errors import UserError, raise_all
 from library.log import log, setup_logging
 from library.optim import schedule, table
+from library.out_of_memory import ENCODING, LOADING, telling
 from library.prompts import Prompt, parse_prompts, with_seeds
 from library.saving import endangered
 from library.trackers import tracker_arguments
@@ -111,11 +112,12 @@ def run(entry: Entry, config: Config) -> int:
         tell(findings.gather(data.scan, data.selection, plan, captions) + findings.too_long(prompts, "preview prompt"))
     rates = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
     encoded = encode(config, data, arch, runtime, total_steps, training)
-    denoiser = arch.load_denoiser(loading_device(config.memory, runtime.device), weights_dtype(config))
-    encoders = arch.load_text_encoders(training, runtime.device, weights_dtype(config)) if training else NO_ENCODERS
-    groups = method.prepare(arch, denoiser, encoders, optimizer.learning_rate)
-    engine = open_engine(config.memory, arch, denoiser, encoders, runtime.device)
-    ema = open_average(config.ema, groups, engine)
+    with telling(*LOADING):
+        denoiser = arch.load_denoiser(loading_device(config.memory, runtime.device), weights_dtype(config))
+        encoders = arch.load_text_encoders(training, runtime.device, weights_dtype(config)) if training else NO_ENCODERS
+        groups = method.prepare(arch, denoiser, encoders, optimizer.learning_rate)
+        engine = open_engine(config.memory, arch, denoiser, encoders, runtime.device)
+        ema = open_average(config.ema, groups, engine)
     task = build_task(config, runtime, arch, denoiser, encoders, groups, engine, encoded, plan, rates, total_steps, ema)
     weights = named_parameters(groups)
     if saved is not None:
@@ -296,8 +298,9 @@ def encode(config: Config, data: DataPlan, arch: Architecture, runtime: Runtime,
     from library.encode import encode_all
 
     course = course_of(config, data, total_steps)
-    return encode_all(arch, runtime, config.caching, data.selection, course, max(data.batch_sizes), data.prompts, training,
-                      remember=data.scan.remember)
+    with telling(*ENCODING):
+        return encode_all(arch, runtime, config.caching, data.selection, course, max(data.batch_sizes), data.prompts, training,
+                          remember=data.scan.remember)
 
 
 def course_of(config: Config, data: DataPlan, total_steps: int) -> Course:
