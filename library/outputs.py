@@ -74,7 +74,8 @@ class Outputs:
         self.stored_dtype = STORED[saving.stored_dtype(config.weights_dtype)]
         main = runtime.is_main
         needed = method.saved_bytes(arch, self.modules, self.stored_dtype, self.format) if main else 0
-        self.writer = Writer(self.modules, self._write, needed, beside=saving.async_save and main, reading=reading,
+        beside = saving.async_save and main
+        self.writer = Writer(self.modules, self._write, needed, beside=beside and saving.on_the_way, reading=reading,
                              on_failure=lambda error: self._not_saved(error, self.saver, "the weights"))
         self.saver = Saver(
             self.folder, self.name, total_epochs=math.ceil(total_steps / steps_per_epoch), write=self.writer.write,
@@ -83,7 +84,7 @@ class Outputs:
             last_n_epochs=saving.save_last_n_epochs, protected=arch.files(), suffix=suffix,
             in_use=uploader.in_use, on_saved=uploader.upload,
         )
-        self.state_writer = StateWriter(keeping.state, reading, beside=saving.async_save and main,
+        self.state_writer = StateWriter(keeping.state, reading, beside=beside,
                                         on_failure=lambda error: self._not_saved(error, self.states, "a state"))
         self.states = StateSaver(self.folder, self.name, config.state, saving, write=self.state_writer.write,
                                  total_epochs=math.ceil(total_steps / steps_per_epoch),

@@ -134,7 +134,12 @@ class SavingOptions:
     save_n_epoch_ratio: int | None = flag(None, "also save about N times over all epochs", minimum=0, off="0")
     save_last_n_epochs: int | None = flag(None, "of the epoch saves keep the last N", minimum=0, off="0")
     save_last_n_steps: int | None = flag(None, "of the step saves keep those not older than N steps", minimum=0, off="0")
-    async_save: bool = flag(False, "write files during training from a copy of the weights in host memory, while steps go on")
+    async_save: bool = flag(False, "write files and states during training from copies in host memory, while steps go on")
+
+    @property
+    def on_the_way(self) -> bool:
+        """Whether checkpoints are written before training ends."""
+        return bool(self.save_every_n_steps or self.save_every_n_epochs or self.save_n_epoch_ratio)
 
     def stored_dtype(self, weights_dtype: str) -> str:
         """``fp32``, ``fp16`` or ``bf16`` in the file, for weights trained in ``weights_dtype``."""

@@ -40,8 +40,7 @@ class StateOptions:
 
     def on_the_way(self, saving: SavingOptions) -> bool:
         """Whether states are written before training ends."""
-        periods = (saving.save_every_n_steps, saving.save_every_n_epochs, saving.save_n_epoch_ratio)
-        return bool(self.save_state_every_n_steps or (self.save_state and any(periods)))
+        return bool(self.save_state_every_n_steps or (self.save_state and saving.on_the_way))
 
     def problems(self, config: Config) -> Iterator[Problem]:
         """Settings that would do nothing."""
