@@ -185,18 +185,28 @@ def test_going_back_needs_states(base, tmp_path, capfd):
 
 
 SEVERAL = """
-import os, sys
+import os, signal, sys
 sys.path.insert(0, {root!r})
+from library import outputs
 from tests.nan_steps import spoil
-spoil(setattr, {{3, 4}}, "loss", here=lambda: os.environ["RANK"] == "1")
+second = os.environ["RANK"] == "1"
+spoil(setattr, {{3, 4}}, "loss", here=lambda: second)
+after_step = outputs.Outputs.after_step
+def signalled(self, report):
+    if second and report.step == 4:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    after_step(self, report)
+outputs.Outputs.after_step = signalled
 from flux_train import ENTRY
 from library.app import main
 sys.exit(main(ENTRY, sys.argv[1:]))
 """
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_ranks_agree(base, tmp_path):
-    """The NaN is on the second rank alone; both go back, and leave the steps out."""
+    """The NaN is on the second rank alone; both go back, and leave the steps out. So is the signal, after which both stop. The
+    launcher makes a failure of it, and tells the status."""
     script, out = tmp_path / "several.py", tmp_path / "out"
     script.write_text(SEVERAL.format(root=str(ROOT)), encoding="utf-8")
     flags = with_flag(with_flag(base, "max_train_steps", 6), "output_dir", out)
@@ -206,6 +216,8 @@ def test_ranks_agree(base, tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port),
                            str(script), *flags, *STATES, "--nan_policy", "rollback"],
                           cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 1 and f"exitcode  : {STOPPED_STATUS}" in done.stderr, done.stderr[-3000:]
     assert done.stderr.count("is left out") == 2 and done.stderr.count("went back to the state of step 2") == 2
-    assert column(out, "steps_left_out") == [0, 0, 1, 2, 2, 2] and len(column(out, "loss")) == 4
+    assert done.stderr.count("go on after step 5 with the same command") == 1
+    assert column(out, "steps_left_out") == [0, 0, 1, 2, 2] and len(column(out, "loss")) == 3
+    assert open_state(state(out, 5)).facts.skipped == [3, 4]
