@@ -262,11 +262,13 @@ class Outputs:
     def go_back(self) -> int:
         """Weights, optimizer and averages become those of the newest state of this run; the log ends there. Returns its step."""
         self._wait_for_files()
-        step = self.keeping.go_back(self.states.newest_whole() if self.runtime.is_main else None)
-        self.done = step
+        self.done = 0  # if it fails on the way, weights of two moments are mixed: nothing to rescue
+        self.done = self.keeping.go_back(self.states.newest_whole() if self.runtime.is_main else None)
         self.step_log.close()
-        self.step_log = self._open_log(step)
-        return step
+        self.step_log = StepLog(None)
+        with self._going_on("the log"):
+            self.step_log = self._open_log(self.done)
+        return self.done
 
     def _save_result(self, done: int, epoch: int) -> None:
         """On a full disk the run waits some minutes for room: nothing is lost yet, and everything would be."""

@@ -20,6 +20,7 @@ from library.data.plan import StepPlan
 from library.data.spec import DatasetSpec
 from library.dist import Runtime
 from library.ema import Ema
+from library.errors import UserError
 from library.log import log
 from library.loop import Task
 from library.report.report import Report
@@ -98,7 +99,9 @@ def go_back(path: Path | None, runtime: Runtime, task: Task, weights: Mapping[st
             readable: Callable[[], AbstractContextManager]) -> int:
     """Put the state at ``path``, which the first rank has chosen and checked, in place of the run as it is; returns its step."""
     place = runtime.exchange(path)[0]
-    assert place is not None, "there is no state to go back to"
+    if place is None:
+        raise UserError("no state of this run is whole any more, so it cannot go back to one", place="--nan_policy rollback",
+                        remedy="look at the disk; checkpoints can be used as the model to start from")
     return restore(train_state.open_state(place, verify=False), task, weights, ema, readable).first_step
 
 

@@ -20,7 +20,7 @@ import glob
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class StateFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     saved_at: str = ""
     serial: int = 0
-    skipped: Sequence[int] = ()
+    skipped: list[int] = field(default_factory=list)
 
 
 def save(path: Path, facts: StateFacts, weights: Mapping[str, torch.Tensor], parts: Mapping[str, Any]) -> int:

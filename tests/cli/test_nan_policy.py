@@ -96,6 +96,7 @@ def test_going_back_is_leaving_out_even_after_weights_were_touched(base, tmp_pat
     assert column(back, "step") == list(range(1, 8))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there it would end this very process")
 def test_stopped_on_the_way_again(base, tmp_path, monkeypatch):
     """The state that a signal leaves then knows of the failed step, which is yet to come."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -144,6 +145,22 @@ def test_a_damaged_state_is_not_gone_back_to(base, tmp_path, monkeypatch, capfd)
     text = capfd.readouterr().err
     assert "passed over" in text and "went back to the state of step 2; left out on the way: 5" in text
     assert column(out, "step") == [1, 2, 3, 4, 5, 6]
+
+
+def test_with_no_whole_state_left_the_run_ends_and_saves_nothing_mixed(base, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "out"
+    spoil(monkeypatch.setattr, {3}, "gradient")
+    after_step = library.outputs.Outputs.after_step
+
+    def damage(outputs, report):
+        after_step(outputs, report)
+        for path in out.glob("*-state"):
+            (path / "weights.safetensors").write_bytes(b"")
+
+    monkeypatch.setattr(library.outputs.Outputs, "after_step", damage)
+    assert train(base, out, 6, "--nan_policy", "rollback", "--fused_backward_pass") == 2
+    assert "no state of this run is whole any more" in capfd.readouterr().err.splitlines()[-1]
+    assert not checkpoints(out)
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])

@@ -165,7 +165,9 @@ def test_a_stopped_run_without_room_for_a_state_says_so(base, tmp_path, monkeypa
     assert "no state to go on from could be saved" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_states_beside_the_steps_are_the_same_and_steps_do_not_wait(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("memory", [(), ("--blocks_to_swap", 2, "--stream_optimizer_states"), ("--mixed_precision", "fp16")],
+                         ids=["plain", "streamed", "fp16"])
+def test_states_beside_the_steps_are_the_same_and_steps_do_not_wait(base, tmp_path, monkeypatch, memory):
     """A disk that takes 0.3 s for each state. What is copied is what was there at the step, also where the optimizer goes on."""
     from library.checkpoint import train_state
 
@@ -175,7 +177,7 @@ def test_states_beside_the_steps_are_the_same_and_steps_do_not_wait(base, tmp_pa
         time.sleep(0.3)
         return real(*arguments)
 
-    flags = ("--save_state_every_n_steps", 3, "--ema_decay", 0.9, "--lr_scheduler", "cosine")
+    flags = ("--save_state_every_n_steps", 3, "--ema_decay", 0.9, "--lr_scheduler", "cosine", *memory)
     assert train(base, 8, *flags) == 0
     monkeypatch.setattr(train_state, "save", slow)
     other = with_flag(base, "output_dir", tmp_path / "beside")
