@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -55,12 +56,19 @@ class Measures:
         self.mean_loss: float | None = None
 
     def of(self, report: StepReport) -> dict[str, float]:
-        """By the names of the CSV; rates of groups as ``lr/<group>``. ``mean_loss`` is a running mean over some twenty steps."""
-        self.mean_loss = report.loss if self.mean_loss is None else 0.95 * self.mean_loss + 0.05 * report.loss
+        """By the names of the CSV; rates of groups as ``lr/<group>``. ``mean_loss`` is a running mean over some twenty steps.
+        A step that was left out has no loss."""
+        left_out = report.update.left_out
+        if self.mean_loss is None or math.isnan(self.mean_loss):
+            self.mean_loss = report.loss
+        elif not left_out:
+            self.mean_loss = 0.95 * self.mean_loss + 0.05 * report.loss
         values = {"loss": report.loss, "mean_loss": self.mean_loss, "learning_rate": report.update.learning_rate,
                   "grad_norm": report.update.grad_norm, "seconds": report.seconds,
                   "images_per_second": report.samples / report.seconds, "data_wait": report.waited / report.seconds,
                   "peak_bytes": report.peak_bytes}
+        if left_out:
+            del values["loss"], values["grad_norm"]
         if self.step_flops is not None and self.peak:
             values["mfu"] = self.step_flops(report) / report.seconds / self.peak
         return values | {f"lr/{name}": rate for name, rate in self.rates(report.step).items()}

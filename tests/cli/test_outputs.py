@@ -24,6 +24,7 @@ from flux_train import ENTRY
 from sdxl_train import ENTRY as SDXL
 from library.app import main
 from library.checkpoint.verify import verify
+from library.interrupt import STOPPED_STATUS
 from library.log import log
 from library.run_metadata import TABLE
 from tests.cli.conftest import ROOT, run_script, with_flag
@@ -367,7 +368,7 @@ def test_a_signal_while_files_are_written_beside_the_training(base, tmp_path, na
     with running([sys.executable, str(ROOT / SCRIPT), *map(str, flags)], tmp_path / "log") as run:
         run.until(lambda: len(rows(out)) >= 5)
         run.process.send_signal(getattr(signal, name))
-        assert run.end() == 0, run.text
+        assert run.end() == STOPPED_STATUS, run.text
         text = run.text
     last = len(rows(out))
     assert checkpoints(out)[-1] == f"last-step{last:08d}.safetensors" and len(checkpoints(out)) == 4
