@@ -100,7 +100,8 @@ class Outputs:
         peak = peak_flops(runtime.device, runtime.compute_dtype)
         self.measures = Measures(rates, step_flops, peak and peak * runtime.world_size)
         averages = [f"validation_loss_ema{part}" for part in ("", *validate.names)] if keeping.ema is not None else []
-        self.log_columns = [*(f"lr/{name}" for name in rates(1)), *(f"validation_loss{part}" for part in validate.names), *averages,
+        held_out = [f"validation_loss{part}" for part in validate.names] + averages
+        self.log_columns = [*(f"lr/{name}" for name in rates(1)), *held_out,
                             *(["steps_left_out"] if config.training.nan_policy != "stop" else [])]
         self.step_log = self._open_log(keeping.first_step)
         self.tracker = open_tracker(config.logging, public_settings(config) if config.logging.log_config else None, main)
