@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.cli.runs import column
 from tests.contract.conftest import dataset_file, losses, make_pictures
 
 
@@ -62,7 +63,7 @@ def test_previews_show_the_encoders_as_they_are_and_change_nothing(case, train, 
 def test_held_out_pictures_are_measured_with_the_encoders_as_they_are(case, train, tmp_path):
     data = dataset_file(tmp_path / "data.toml", make_pictures(tmp_path / "pictures", 5), validation_split=0.4)
     train(tmp_path / "out", data, *STEPS, *case.encoders, "--validate_every_n_steps", "2")
-    measured = losses(tmp_path / "out", column="validation_loss")
+    measured = column(tmp_path / "out", "validation_loss")
     assert len(measured) == 2 and measured[0] != measured[1]
 
 
