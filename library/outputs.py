@@ -267,7 +267,7 @@ class Outputs:
 
     def rescue(self, error: Exception) -> None:
         """Training broke off, perhaps after days, for a reason that leaves the weights good: a picture that went away, a
-        preview that did not fit the memory. Keep them. Not after a NaN: then earlier files are the better ones."""
+        batch that did not fit the memory. Keep them. Not after a NaN: then earlier files are the better ones."""
         if not self.runtime.is_main or self.done == 0 or isinstance(error, NonFinite):
             return
         try:

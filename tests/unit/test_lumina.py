@@ -106,9 +106,15 @@ def test_system_prompt_stands_before_every_caption_but_the_empty_one(image_2):
     assert plain.text_identity(("gemma",), F32) != told.text_identity(("gemma",), F32)
     ours, by_hand = encoded(told, ["a cat", ""]), encoded(plain, ["the picture <Prompt Start> a cat", ""])
     assert torch.equal(ours["gemma"], by_hand["gemma"]) and torch.equal(ours["gemma_mask"], by_hand["gemma_mask"])
-    meter = open_token_meter(ModelOptions(str(image_2.checkpoint)), LuminaOptions(system_prompt=said, gemma2_max_token_length=20))
+    meter = open_token_meter(ModelOptions(str(image_2.checkpoint)), LuminaOptions(system_prompt=said, gemma2_max_token_length=22))
     (count,), (empty,) = meter(["a cat and dog", ""])
     assert count.tokens == 24 and count.lost and "a cat and dog".endswith(count.lost) and empty.tokens == 1
+
+
+def test_a_system_prompt_that_leaves_no_room_for_captions_is_refused(image_2):
+    path, options = ModelOptions(str(image_2.checkpoint)), LuminaOptions(system_prompt="the picture", gemma2_max_token_length=8)
+    with pytest.raises(UserError, match=r"--system_prompt: the instruction takes (\d+) tokens and Gemma reads 8: .* more than \1$"):
+        open_token_meter(path, options)(["a cat"])
 
 
 def test_words_beyond_the_encoder_are_refused(files, tmp_path):
