@@ -95,7 +95,7 @@ def _drawn(prompts: Sequence[Prompt], sample: Sample) -> Sequence[Image.Image] |
     (prompt,) = prompts
     raise UserError(f"a preview of {prompt.width} x {prompt.height} pixels does not fit the memory of the device ({short})",
                     place=prompt.place, remedy="give the prompt a smaller --w and --h, free memory (--blocks_to_swap, "
-                                               "--gradient_checkpointing), or leave out --sample_prompts")
+                                               "--optimizer_type AdamW8bit), or leave out --sample_prompts")
 
 
 def save_picture(image: Image.Image, path: Path, texts: dict[str, str]) -> None:

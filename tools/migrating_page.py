@@ -115,7 +115,7 @@ REASONS: dict[str, str] = {
     "timestep_sampling": "with `shift` the noise levels that decide the composition get most of the training; the usual recipe",
     "model_prediction_type": "`sigma_scaled` compares an estimate of the picture with a velocity; `raw` compares like with like",
     "discrete_flow_shift": "exp(1.15), the shift of FLUX's own schedule at 1024 x 1024",
-    "sample_batch_size": "one preview at a time takes the least memory; every script has the flag here, in the dialect Lumina's alone",
+    "sample_batch_size": "one at a time takes the least memory; a flag of every script here, in the dialect of Lumina's alone",
     "guidance_scale": "a distilled model is best fine-tuned without guidance; 3.5 belongs to sampling",
     "max_bucket_reso": "1024 takes area away from every bucket that is not square at resolution 1024",
     "min_bucket_reso": "the same, except where 256 would be more than half the shorter side of a small resolution",

@@ -37,7 +37,7 @@ def token_meter(tokenizer: Any, length: int, system_prompt: str) -> TokenMeter:
             return []
         said = f"{system_prompt}{MARKER}".rstrip()  # the last space goes into the caption's first token
         if system_prompt and (taken := len(tokenizer(said, verbose=False)["input_ids"])) >= length:
-            raise UserError(f"the instruction takes {taken} tokens and Gemma reads {length}: no word of any caption would be read",
+            raise UserError(f"the instruction takes {taken} tokens of the {length} that Gemma reads: no caption would be read",
                             place="--system_prompt", remedy=f"shorten it, or give --gemma2_max_token_length more than {taken}")
         whole = instructed(texts, system_prompt)
         encoded = tokenizer(whole, verbose=False, return_offsets_mapping=True)

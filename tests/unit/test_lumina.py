@@ -113,7 +113,7 @@ def test_system_prompt_stands_before_every_caption_but_the_empty_one(image_2):
 
 def test_a_system_prompt_that_leaves_no_room_for_captions_is_refused(image_2):
     path, options = ModelOptions(str(image_2.checkpoint)), LuminaOptions(system_prompt="the picture", gemma2_max_token_length=8)
-    with pytest.raises(UserError, match=r"--system_prompt: the instruction takes (\d+) tokens and Gemma reads 8: .* more than \1$"):
+    with pytest.raises(UserError, match=r"--system_prompt: the instruction takes (\d+) tokens of the 8 that Gemma reads: .* more than \1$"):
         open_token_meter(path, options)(["a cat"])
 
 

@@ -141,7 +141,8 @@ def test_prompts_that_agree_are_drawn_together(tmp_path):
             assert image.info["prompt"] == prompt.text and image.size == (prompt.width, prompt.height)
 
 
-@pytest.mark.parametrize("change", [{"cfg": 3.0}, {"guidance": 3.0}, {"steps": 3}, {"sampler": "euler"}, {"width": 64}, {"height": 64}])
+@pytest.mark.parametrize("change", [{"cfg": 3.0}, {"guidance": 3.0}, {"steps": 3}, {"sampler": "euler"}, {"width": 64},
+                                    {"height": 64}])
 def test_prompts_that_differ_in_more_than_texts_and_seed_are_not_drawn_together(change):
     prompt = Prompt("a", "blurry", seed=1, place="file:1")
     assert batches([prompt, replace(prompt, **change)], 4) == [[0], [1]]
