@@ -6,4 +6,5 @@ source tools/environment.sh
 ensure_environment requirements.txt requirements-dev.txt
 # Two OpenMP threads on a busy small machine can be ten times slower than one.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$PYTHON" -m pytest "$@"
+# Each worker goes through a half of the files and then takes over from the other: fixtures are rarely made twice.
+exec "$PYTHON" -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal "$@"

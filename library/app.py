@@ -1,8 +1,8 @@
 """From a command line to an exit status: the only place that turns errors into words and codes.
 
-Exit status: 0 done (or stopped by a signal with everything saved), 2 a mistake the user can mend (one line each on
-stderr, no stack trace), 130 stopped at once by Ctrl-C: before training, or the second one. Anything else is a defect of
-ours and keeps its trace.
+Exit status: 0 done, 75 (``interrupt.STOPPED_STATUS``) stopped by a signal with everything saved, so that it can go on, 2 a
+mistake the user can mend (one line each on stderr, no stack trace), 130 stopped at once by Ctrl-C: before training, or the
+second one. Anything else is a defect of ours and keeps its trace.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from library.config.check import check
 from library.config.parse import Entry, OutputWritten, parse
 from library.errors import UserError
+from library.out_of_memory import told
 
 
 def main(entry: Entry, argv: Sequence[str]) -> int:
@@ -27,7 +28,7 @@ def main(entry: Entry, argv: Sequence[str]) -> int:
         check(config)
         from library.run import run  # heavy imports (torch, diffusers) start here, after every refusal that needs none
 
-        run(entry, config)
+        return run(entry, config)
     except OutputWritten as written:
         print(written)
     except UserError as error:
@@ -58,10 +59,9 @@ def _report(problems: Sequence[str], of_one_process: bool = False) -> None:
 
 def _known_failure(error: Exception) -> list[str] | None:
     """Failures of the machine that have a remedy on the command line."""
-    if type(error).__name__ == "OutOfMemoryError":
-        return [f"out of memory on the device: {str(error).splitlines()[0]}; lower --train_batch_size or the resolution, "
-                "add --gradient_checkpointing, --cache_latents and --cache_text_encoder_outputs, "
-                "or use --optimizer_type AdamW8bit or Adafactor"]
+    memory = told(error)
+    if memory is not None:
+        return [str(memory)]
     peer_is_gone = isinstance(error, RuntimeError) and "Connection closed by peer" in str(error)
     if peer_is_gone or type(error).__name__ == "DistBackendError":
         return ["another process of this run has ended; its own message tells why"]

@@ -27,6 +27,7 @@ from library.memory.recompute import Recompute, every
 from library.memory.schedule import evenly
 from library.memory.streaming import Streaming
 from library.memory.transport import open_transport
+from library.nan_policy import NanPolicy
 from library.optim import rounding, table
 from library.optim.groups import Group, assert_partition, named_parameters
 from library.optim.schedule import Schedule
@@ -110,6 +111,7 @@ def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: n
         total_steps=total_steps,
         workers=config.dataset.workers(latents_cached=encoded.train.latents is not None),
         scaler=torch.amp.GradScaler(runtime.device.type) if config.precision.mixed_precision == "fp16" else None,
+        nans=NanPolicy(runtime, config.training.nan_policy),
         ema=ema,
         readable=engine.readable,
     )

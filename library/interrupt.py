@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the step in progress, with everything saved; a second Ctrl-C ends it at once."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end a run after the step in progress, with everything saved; a second Ctrl-C ends it at once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# SIGBREAK is Ctrl-Break on Windows; SIGHUP is a closed terminal elsewhere.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
+# SIGBREAK is Ctrl-Break on Windows; elsewhere SIGHUP is a closed terminal, and SIGUSR1 what job schedulers are asked to send
+# some time before they take the machine away (pre-emption).
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGBREAK")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+
+# Exit status of a run that was stopped before its end and can go on with --resume latest: EX_TEMPFAIL of sysexits.h, which
+# asks to try again later.
+STOPPED_STATUS = 75
 
 
 @dataclass
@@ -51,7 +57,7 @@ def _say(line: str) -> None:
 def stop_requested() -> Iterator[StopRequest]:
     """Inside the block signals only set a flag. The handlers from before are put back at its end.
 
-    A second Ctrl-C raises KeyboardInterrupt where the program stands. SIGTERM and SIGHUP never do: launchers and job
+    A second Ctrl-C raises KeyboardInterrupt where the program stands. The others never do: launchers and job
     schedulers may send them again, or send one after passing on a Ctrl-C. Outside the main thread, where Python has no signals,
     nothing is installed.
     """

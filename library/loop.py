@@ -24,6 +24,7 @@ from library.objectives.base import Objective
 from library.objectives.loss import mean
 from library.objectives.noise import draw
 from library.memory.in_backward import StepInBackward
+from library.nan_policy import NanPolicy, with_pictures
 from library.optim.updater import NonFinite, StepAfterBackward, UpdateInfo
 from library.step import training_losses
 
@@ -45,6 +46,7 @@ class Task:
     total_steps: int
     workers: int
     scaler: torch.amp.GradScaler | None
+    nans: NanPolicy
     ema: Ema | None = None
     readable: Callable[[], AbstractContextManager] = nullcontext  # in it every weight can be read where it lies
 
@@ -59,7 +61,8 @@ class Task:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One finished optimizer step, numbered from 1. ``loss`` is the mean over the step's samples on all ranks."""
+    """One finished optimizer step, numbered from 1. ``loss`` is the mean over the step's samples on all ranks, NaN for a step
+    that was left out; ``left_out``: how many were, up to this one."""
 
     step: int
     epoch: int
@@ -71,46 +74,74 @@ class StepReport:
     waited: float  # seconds of it in which the batches were not ready
     peak_bytes: int
     stopping: bool  # this step is the last one, because somebody asked for that
+    left_out: int = 0
 
 
-def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None]) -> int:
+def train(task: Task, stop: StopRequest, after_step: Callable[[StepReport], None],
+          go_back: Callable[[], int] | None = None) -> int:
     """Run until ``total_steps`` or until ``stop`` is requested. Returns the number of steps done, first_step included.
 
-    Raises UserError for a gradient that is not finite, before the weights have taken it, and for a loss that is not.
+    Raises NonFinite for a gradient that is not finite, before the weights have taken it, and for a loss that is not, unless
+    ``task.nans`` has another answer. ``go_back()`` restores the newest state and returns its step.
     """
-    done = task.first_step
+    first = task.first_step
+    while (done := _train_from(task, first, stop, after_step)) is None:
+        task.updater.leave_out(first, task.total_steps)  # the step that was broken off has nothing under way any more
+        first = go_back()
+        task.nans.allow(first)
+    return done
+
+
+def _train_from(task: Task, first: int, stop: StopRequest, after_step: Callable[[StepReport], None]) -> int | None:
+    """``train`` from step ``first`` on; None when the run is to go back."""
+    done = first
     started = time.perf_counter()
-    groups = _read(task)
+    groups = _read(task, first)
     with closing(groups):
         for group in groups:
             waited = time.perf_counter() - started
-            losses: list[torch.Tensor] = []
-            try:
-                for index, batch in enumerate(group.micro):
-                    update = _microbatch(task, batch, group, index == len(group.micro) - 1, losses)
-                if task.ema is not None and not update.skipped:
-                    with task.readable():
-                        task.ema.update()
-            except NonFinite as error:
-                raise _not_finite(task.runtime, group.step + 1, losses, group.micro) or error from error
-            loss = task.runtime.sum_over_ranks(torch.stack([part.sum() for part in losses]).sum()).item() / group.real_samples
-            if not math.isfinite(loss) and not update.skipped:
-                raise _not_finite(task.runtime, group.step + 1, losses, group.micro)
+            made = _step(task, group)
+            if made is None:
+                return None
+            update, loss = made
             done = group.step + 1
             now = time.perf_counter()
             stopping = task.runtime.any_rank(stop.requested or launcher_is_gone())
             after_step(StepReport(done, group.epoch, done % task.plan.steps_per_epoch == 0, loss, update,
-                                  group.real_samples, now - started, waited, peak_bytes(task.runtime.device), stopping))
+                                  group.real_samples, now - started, waited, peak_bytes(task.runtime.device), stopping,
+                                  task.nans.left_out(done)))
             started = time.perf_counter()
             if stopping:
                 break
     return done
 
 
-def _read(task: Task) -> Generator[StepMicro, None, None]:
-    """The steps of this rank. A picture that only this rank reads, and cannot read, is told by this rank."""
+def _step(task: Task, group: StepMicro) -> tuple[UpdateInfo, float] | None:
+    """The step's update and mean loss (NaN where the step is left out), or None when the run is to go back because of it."""
+    losses: list[torch.Tensor] = []
+    if group.step + 1 in task.nans.skipped:  # known to fail, from the time before the run went back
+        return task.updater.leave_out(group.step, task.total_steps), math.nan
     try:
-        yield from batches(task.encoded.train, task.plan, task.runtime.rank, task.first_step, task.total_steps, task.workers)
+        for index, batch in enumerate(group.micro):
+            update = _microbatch(task, batch, group, index == len(group.micro) - 1, losses)
+        if task.ema is not None and not update.skipped:
+            with task.readable():
+                task.ema.update()
+        loss = task.runtime.sum_over_ranks(torch.stack([part.sum() for part in losses]).sum()).item() / group.real_samples
+        if not math.isfinite(loss) and not update.skipped:
+            raise NonFinite("the loss is NaN or infinite", place=f"step {group.step + 1}")
+        return update, loss
+    except NonFinite as error:
+        named = with_pictures(error, task.runtime, group.step + 1, losses, [batch.paths for batch in group.micro])
+    if task.nans.goes_back(named, group.step + 1):
+        return None
+    return task.updater.leave_out(group.step, task.total_steps), math.nan
+
+
+def _read(task: Task, first: int) -> Generator[StepMicro, None, None]:
+    """The steps of this rank from ``first`` on. A picture that only this rank reads, and cannot read, is told by this rank."""
+    try:
+        yield from batches(task.encoded.train, task.plan, task.runtime.rank, first, task.total_steps, task.workers)
     except UserError as error:
         error.of_one_process = True
         raise
@@ -127,6 +158,8 @@ def _microbatch(task: Task, batch: Batch, group: StepMicro, last: bool, losses: 
     _backward(task, batch, group.step, group.real_samples, last, losses)
     if task.ema is not None and last:
         task.ema.wait()
+    if last:
+        task.nans.look(losses, group.step + 1)
     return task.updater.after_backward(group.step, task.total_steps, last, task.scaler)
 
 
@@ -150,16 +183,3 @@ def _backward(task: Task, batch: Batch, step: int, samples: int, last: bool, see
         # It averages gradients over ranks; the loss is a mean over all their samples, hence the factor.
         total = mean(losses, samples) * runtime.world_size
         (task.scaler.scale(total) if task.scaler is not None else total).backward()
-
-
-def _not_finite(runtime: Runtime, step: int, losses: list[torch.Tensor], micro: tuple[Batch, ...]) -> NonFinite | None:
-    """The error that names the pictures whose loss is NaN or infinite; None when every loss is finite."""
-    here = [path for part, batch in zip(losses, micro) for value, path in zip(part.tolist(), batch.paths)
-            if not math.isfinite(value)]
-    names = runtime.join_over_ranks(here)
-    if not names:
-        return None
-    shown = ", ".join(names[:4]) + (" and others" if len(names) > 4 else "")
-    return NonFinite(f"the loss is NaN or infinite for {shown}", place=f"step {step}",
-                     remedy="lower --learning_rate or raise --lr_warmup_steps, and look at these pictures and captions; "
-                            "the weights of this step were not saved, earlier files are untouched")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+
+from library.report.curves import turned_after
 
 if TYPE_CHECKING:
     from library.loop import StepReport
@@ -53,12 +56,19 @@ class Measures:
         self.mean_loss: float | None = None
 
     def of(self, report: StepReport) -> dict[str, float]:
-        """By the names of the CSV; rates of groups as ``lr/<group>``. ``mean_loss`` is a running mean over some twenty steps."""
-        self.mean_loss = report.loss if self.mean_loss is None else 0.95 * self.mean_loss + 0.05 * report.loss
+        """By the names of the CSV; rates of groups as ``lr/<group>``. ``mean_loss`` is a running mean over some twenty steps.
+        A step that was left out has no loss."""
+        left_out = report.update.left_out
+        if self.mean_loss is None or math.isnan(self.mean_loss):
+            self.mean_loss = report.loss
+        elif not left_out:
+            self.mean_loss = 0.95 * self.mean_loss + 0.05 * report.loss
         values = {"loss": report.loss, "mean_loss": self.mean_loss, "learning_rate": report.update.learning_rate,
                   "grad_norm": report.update.grad_norm, "seconds": report.seconds,
                   "images_per_second": report.samples / report.seconds, "data_wait": report.waited / report.seconds,
                   "peak_bytes": report.peak_bytes}
+        if left_out:
+            del values["loss"], values["grad_norm"]
         if self.step_flops is not None and self.peak:
             values["mfu"] = self.step_flops(report) / report.seconds / self.peak
         return values | {f"lr/{name}": rate for name, rate in self.rates(report.step).items()}
@@ -66,4 +76,25 @@ class Measures:
 
 def for_trackers(values: Mapping[str, float]) -> dict[str, float]:
     """The same under the trackers' names; the rate of the first group is there by its group's name."""
-    return {NAMES.get(name, name): value for name, value in values.items() if name != "learning_rate"}
+    return {NAMES.get(name, name).replace("validation_loss", NAMES["validation_loss"]): value
+            for name, value in values.items() if name != "learning_rate"}
+
+
+class HeldOut:
+    """The course of the loss on held-out pictures, and a word when it turns. ``points``: (step, loss) of before a resume."""
+
+    def __init__(self, points: Iterable[tuple[int, float]] = ()):
+        self.points = list(points)
+        best = turned_after([loss for _, loss in self.points])
+        self.told = None if best is None else self.points[best][0]
+
+    def add(self, step: int, loss: float) -> str | None:
+        """Take in a measurement. What there is to say now; once for each lowest value."""
+        self.points.append((step, loss))
+        best = turned_after([value for _, value in self.points])
+        if best is None or self.points[best][0] == self.told:
+            return None
+        self.told, lowest = self.points[best]
+        return (f"the loss on the held-out pictures was lowest after step {self.told} ({lowest:.5f}) and is {loss:.5f} now: the "
+                "model learns its pictures by heart; the files saved about then are likely the better ones. More pictures, fewer "
+                "steps or a lower --learning_rate move that point")

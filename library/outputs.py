@@ -26,19 +26,22 @@ from library.encode import Encoded
 from library.errors import UserError
 from library.log import CSV_FIELDS, Progress, StepLog, log
 from library.loop import StepReport
-from library.measures import Measures, for_trackers, peak_flops
+from library.measures import HeldOut, Measures, for_trackers, peak_flops
 from library.optim.updater import NonFinite
+from library.out_of_memory import DRAWING, telling
 from library.plots import write_loss_curve
 from library.prompts import Prompt
 from library.report.html import BROKEN, FINISHED, STOPPED
-from library.report.rows import keep_rows
+from library.report.rows import Rows, keep_rows
 from library.run_metadata import Facts, Moment, fields
 from library.saving import Saver, final_name, is_full, may_pass
 from library.state_saving import StateSaver
+from library.state_writing import StateWriter
 from library.states import Keeping, averaged
 from library.step import evaluating
 from library.trackers import open_tracker, public_settings
 from library.upload import Uploader
+from library.validation import Validating
 from library.writing import Writer
 
 FINAL_TRIES, FINAL_PAUSE = 60, 10.0  # of the result on a full disk; seconds
@@ -54,7 +57,7 @@ class Outputs:
 
     def __init__(self, config: Config, runtime: Runtime, arch: Architecture, method: ModuleType, denoiser: nn.Module,
                  encoders: TextEncoders, encoded: Encoded, prompts: tuple[Prompt, ...], resolution: tuple[int, int], *,
-                 total_steps: int, steps_per_epoch: int, validate: Callable[[StepReport], float | None], facts: Facts,
+                 total_steps: int, steps_per_epoch: int, validate: Validating, facts: Facts,
                  rates: Callable[[int], Mapping[str, float]], uploader: Uploader, keeping: Keeping,
                  step_flops: Callable[[StepReport], float] | None = None,
                  reading: Callable[[], AbstractContextManager] = nullcontext):
@@ -73,8 +76,9 @@ class Outputs:
         self.stored_dtype = STORED[saving.stored_dtype(config.weights_dtype)]
         main = runtime.is_main
         needed = method.saved_bytes(arch, self.modules, self.stored_dtype, self.format) if main else 0
-        self.writer = Writer(self.modules, self._write, needed, beside=saving.async_save and main, reading=reading,
-                             on_failure=self._not_saved)
+        beside = saving.async_save and main
+        self.writer = Writer(self.modules, self._write, needed, beside=beside and saving.on_the_way, reading=reading,
+                             on_failure=lambda error: self._not_saved(error, self.saver, "the weights"))
         self.saver = Saver(
             self.folder, self.name, total_epochs=math.ceil(total_steps / steps_per_epoch), write=self.writer.write,
             every_n_steps=saving.save_every_n_steps, every_n_epochs=saving.save_every_n_epochs,
@@ -82,8 +86,11 @@ class Outputs:
             last_n_epochs=saving.save_last_n_epochs, protected=arch.files(), suffix=suffix,
             in_use=uploader.in_use, on_saved=uploader.upload,
         )
-        self.states = StateSaver(self.folder, self.name, config.state, saving, write=keeping.write_state,
-                                 total_epochs=math.ceil(total_steps / steps_per_epoch))
+        self.state_writer = StateWriter(keeping.state, reading, beside=beside,
+                                        on_failure=lambda error: self._not_saved(error, self.states, "a state"))
+        self.states = StateSaver(self.folder, self.name, config.state, saving, write=self.state_writer.write,
+                                 total_epochs=math.ceil(total_steps / steps_per_epoch),
+                                 begun=(keeping.first_step, keeping.first_state) if keeping.first_state else None)
         self.average_saver = self._average_saver(suffix) if keeping.ema is not None else None
         if main:
             # Better now than after a day of training.
@@ -93,17 +100,26 @@ class Outputs:
             write_atomic(self.folder / f"{self.name}_config.toml", to_toml(config))
         peak = peak_flops(runtime.device, runtime.compute_dtype)
         self.measures = Measures(rates, step_flops, peak and peak * runtime.world_size)
-        self.step_log = self._open_log([f"lr/{name}" for name in rates(1)])
+        averages = [f"validation_loss_ema{part}" for part in ("", *validate.names)] if keeping.ema is not None else []
+        held_out = [f"validation_loss{part}" for part in validate.names] + averages
+        self.log_columns = [*(f"lr/{name}" for name in rates(1)), *held_out,
+                            *(["steps_left_out"] if config.training.nan_policy != "stop" else [])]
+        self.step_log = self._open_log(keeping.first_step)
         self.tracker = open_tracker(config.logging, public_settings(config) if config.logging.log_config else None, main)
         self.progress = Progress(total_steps, keeping.first_step, main)
         self.done = keeping.first_step
 
-    def _open_log(self, rates: list[str]) -> StepLog:
-        path, first = self.folder / f"{self.name}_log.csv" if self.runtime.is_main else None, self.keeping.first_step
-        columns = [*rates, *(["validation_loss_ema"] if self.keeping.ema is not None else [])]
-        if path is not None and first:
-            keep_rows(path, first, (*CSV_FIELDS, *columns))
-        return StepLog(path, columns, append=bool(first))
+    def _open_log(self, first_step: int) -> StepLog:
+        """Anew, or with the rows of the steps up to ``first_step``."""
+        path = self.folder / f"{self.name}_log.csv" if self.runtime.is_main else None
+        self.held_out = HeldOut()
+        if path is not None and first_step:
+            keep_rows(path, first_step, (*CSV_FIELDS, *self.log_columns))
+            rows = Rows(path)
+            rows.read()
+            steps, losses = rows.points("validation_loss")
+            self.held_out = HeldOut(zip(steps.astype(int).tolist(), losses.tolist(), strict=True))
+        return StepLog(path, self.log_columns, append=bool(first_step))
 
     def _average_saver(self, suffix: str) -> Saver:
         """Files of the averaged weights, at the same moments as the others and under a name of their own."""
@@ -129,14 +145,16 @@ class Outputs:
     def __exit__(self, kind: type[BaseException] | None, *_exception) -> None:
         """What is being written is finished, whatever ends the run; uploads are not waited for after a second Ctrl-C."""
         self.progress.close()
-        self.writer.wait()
+        self._wait_for_files()
         self.step_log.close()
         self.tracker.close()
         if kind is not KeyboardInterrupt:
             self.uploader.close()
 
     def before_training(self) -> None:
-        """Previews of the untrained model, when asked for."""
+        """A state to go back to, and previews of the untrained model, when asked for."""
+        if self.config.training.nan_policy == "rollback" and self.runtime.is_main:
+            self.states.first()
         if self.keeping.first_step:
             return
         self._preview(step=0, epoch=0, epoch_ended=False, at_first=self.config.sampling.sample_at_first)
@@ -147,13 +165,10 @@ class Outputs:
         values = self.measures.of(report)
         self.progress.update(report.step, values["mean_loss"], report.seconds, report.samples, report.peak_bytes,
                              values["data_wait"])
-        validation_loss = None if report.stopping else self.validate(report)
-        if validation_loss is not None:
-            values["validation_loss"] = validation_loss
-            log.info("loss on the held-out pictures after step %d: %.5f", report.step, validation_loss)
-            if self.keeping.ema is not None:
-                with averaged(self.keeping.ema, self.reading):
-                    values["validation_loss_ema"] = self.validate(report)
+        if not report.stopping:
+            values |= self._measure(report)
+        if self.config.training.nan_policy != "stop":
+            values["steps_left_out"] = report.left_out
         self.step_log.write({"step": report.step, "epoch": report.epoch + 1, **values})
         self.tracker.write(report.step, for_trackers(values))
         if self.runtime.is_main:
@@ -163,25 +178,37 @@ class Outputs:
         if self.keeping.report is not None:
             self.keeping.report.update()
 
+    def _measure(self, report: StepReport) -> dict[str, float]:
+        """The loss on the held-out pictures where that is due: of the weights as they are, and of their average."""
+        measured = self.validate(report)
+        if measured is None:
+            return {}
+        values = measured.values("validation_loss")
+        log.info("loss on the held-out pictures after step %d: %.5f", report.step, measured.loss)
+        if note := self.held_out.add(report.step, measured.loss):
+            log.warning(note)
+        if self.keeping.ema is not None:
+            with averaged(self.keeping.ema, self.reading):
+                values |= self.validate(report).values("validation_loss_ema")
+        return values
+
     def _save_what_is_due(self, report: StepReport) -> None:
         """A file that cannot be written now, on a full disk say, is no reason to give up the training: it is tried again."""
         self.writer.collect()
+        self.state_writer.collect()
         epoch = report.epoch + 1
-        try:
-            saved = self.saver.after_step(report.step, epoch)
-            if report.epoch_ended:
-                saved = self.saver.after_epoch(epoch, report.step) or saved
-            owed = self.saver.retry.step
-            if saved is None and owed is not None and report.step >= owed:
-                self.saver.late(report.step, epoch)
-        except (UserError, OSError) as error:
-            self._not_saved(error)
-        for saver, what in ((self.average_saver, "the averaged weights"), (self.states, "a state")):
-            if saver is not None:
-                with self._going_on(what):
-                    saver.after_step(report.step, epoch)
-                    if report.epoch_ended:
-                        saver.after_epoch(epoch, report.step)
+        for saver, what in ((self.saver, "the weights"), (self.average_saver, "the averaged weights"), (self.states, "a state")):
+            if saver is None:
+                continue
+            try:
+                saved = saver.after_step(report.step, epoch)
+                if report.epoch_ended:
+                    saved = saver.after_epoch(epoch, report.step) or saved
+                owed = saver.retry.step
+                if saved is None and owed is not None and report.step >= owed:
+                    saver.late(report.step, epoch)
+            except (UserError, OSError) as error:
+                self._not_saved(error, saver, what)
 
     @contextmanager
     def _going_on(self, what: str) -> Iterator[None]:
@@ -191,25 +218,31 @@ class Outputs:
         except (UserError, OSError) as error:
             log.error("NOT SAVED at step %d: %s: %s", self.done, what, error)
 
-    def _not_saved(self, error: Exception) -> None:
+    def _not_saved(self, error: Exception, saver: Saver | StateSaver, what: str) -> None:
         """Say it as loudly as a log can; what the disk is to blame for is owed and tried again."""
         if not may_pass(error):
-            log.error("NOT SAVED at step %d, training goes on: %s", self.done, error)
+            log.error("NOT SAVED at step %d, training goes on: %s: %s", self.done, what, error)
             return
-        again = self.saver.retry.failed(self.done)
-        log.error("NOT SAVED at step %d, training goes on, next try after step %d: %s; %s", self.done, again, error, self._room())
+        again = saver.retry.failed(self.done)
+        log.error("NOT SAVED at step %d, training goes on, next try after step %d: %s: %s; %s", self.done, again, what, error,
+                  self._room())
+
+    def _wait_for_files(self) -> None:
+        """Until nothing is being written beside the training."""
+        self.writer.wait()
+        self.state_writer.wait()
 
     def _room(self) -> str:
         free = free_bytes(self.folder / self.name)
         known = "unknown" if free is None else f"{free / 1e9:.2f} GB"
-        return f"a file takes {self.writer.needed_bytes / 1e9:.2f} GB, free on its disk: {known}"
+        return f"a file of weights takes {self.writer.needed_bytes / 1e9:.2f} GB, free on its disk: {known}"
 
     def finish(self, done: int, signal_name: str | None) -> None:
         """The final file or, when training was stopped early, a file of the last complete step."""
         if not self.runtime.is_main:
             return
         self.progress.close()
-        self.writer.wait()
+        self._wait_for_files()
         epoch = math.ceil(done / self.steps_per_epoch)
         if done == self.total_steps:
             try:
@@ -217,24 +250,43 @@ class Outputs:
             except UserError:
                 self._keep_in_trained_dtype(done, epoch)
                 raise
-            with self._going_on("the averaged weights or the last state"):
+            with self._going_on("the averaged weights"):
                 if self.average_saver is not None:
                     self.average_saver.final(done, epoch)
+            with self._going_on("the last state"):
                 self.states.final(done, epoch)
         else:
-            saved = self.saver.emergency(done, epoch) if done > self.keeping.first_step else None
+            saved = self._keep(done, epoch)
             log.warning("stopped by %s after step %d of %d; %s", signal_name or "the end of its launcher", done, self.total_steps,
-                        f"the weights are in {saved}" if saved else "nothing had been trained yet")
-            if saved:
-                self._keep_state(done, epoch)
+                        f"the weights are in {saved}" if saved else "the weights could not be saved")
+            if self.states.latest is None:
+                raise UserError(f"stopped after step {done}, and no state to go on from could be saved", place=str(self.folder),
+                                remedy="look at the lines above: free some space, or choose another --output_dir")
+            log.warning("go on after step %d with the same command and --resume latest", self.states.latest[0])
 
-    def _keep_state(self, done: int, epoch: int) -> None:
-        """Of a run that ends before its time, so that it can go on."""
-        with self._going_on("a state to go on from"):
+    def _keep(self, done: int, epoch: int) -> Path | None:
+        """Weights and a state of a run that ends before its time, so that it can go on; the path of the weights. What cannot be
+        saved does not keep the rest from it."""
+        saved = None
+        with self._going_on("the weights"):
+            saved = self.saver.emergency(done, epoch)
+        with self._going_on("the averaged weights"):
             if self.average_saver is not None:
                 self.average_saver.emergency(done, epoch)
+        with self._going_on("a state to go on from"):
             self.states.emergency(done, epoch)
-            log.info("go on from there with the same command and --resume latest")
+        return saved
+
+    def go_back(self) -> int:
+        """Weights, optimizer and averages become those of the newest state of this run; the log ends there. Returns its step."""
+        self._wait_for_files()
+        self.done = 0  # if it fails on the way, weights of two moments are mixed: nothing to rescue
+        self.done = self.keeping.go_back(self.states.newest_whole() if self.runtime.is_main else None)
+        self.step_log.close()
+        self.step_log = StepLog(None)
+        with self._going_on("the log"):
+            self.step_log = self._open_log(self.done)
+        return self.done
 
     def _save_result(self, done: int, epoch: int) -> None:
         """On a full disk the run waits some minutes for room: nothing is lost yet, and everything would be."""
@@ -271,10 +323,12 @@ class Outputs:
         if not self.runtime.is_main or self.done == 0 or isinstance(error, NonFinite):
             return
         try:
-            self.writer.wait()
-            saved = self.saver.emergency(self.done, math.ceil(self.done / self.steps_per_epoch))
-            log.warning("broke off after step %d of %d; the weights are in %s", self.done, self.total_steps, saved)
-            self._keep_state(self.done, math.ceil(self.done / self.steps_per_epoch))
+            self._wait_for_files()
+            saved = self._keep(self.done, math.ceil(self.done / self.steps_per_epoch))
+            log.warning("broke off after step %d of %d; %s", self.done, self.total_steps,
+                        f"the weights are in {saved}" if saved else "the weights could not be saved")
+            if self.states.latest is not None:
+                log.warning("go on after step %d with the same command and --resume latest", self.states.latest[0])
             if self.keeping.report is not None:
                 self.keeping.report.finish(BROKEN, str(error))
         except Exception as second:  # the first error is the one to tell
@@ -288,8 +342,9 @@ class Outputs:
             return
         if self.runtime.is_main:
             try:
-                self._draw(step)
-            except UserError as error:  # a full disk, or on Windows a contact sheet that a viewer has open
+                with telling(*DRAWING):
+                    self._draw(step)
+            except UserError as error:  # a full disk, too little memory, on Windows a contact sheet that a viewer has open
                 if step == 0:
                     raise
                 log.error("no previews at step %d, training goes on: %s", step, error)

@@ -25,6 +25,7 @@ from library.memory.planner import Planner, gigabytes
 from library.memory.setting import Fixed, Optimizer, Setting
 from library.objectives.noise import Draws
 from library.optim import states, table
+from library.out_of_memory import out_of_memory, told
 from library.step import training_losses
 
 if TYPE_CHECKING:
@@ -142,14 +143,17 @@ class RunPlan:
 
 
 def advice_for(error: Exception, plan: Callable[[], RunPlan]) -> UserError | None:
-    """What to say in place of an error of torch that means that the card's memory was too small; None for all other errors."""
-    if type(error).__name__ != "OutOfMemoryError":
+    """What to say in place of an error of torch that means that there was too little memory; None for all other errors."""
+    where = out_of_memory(error)
+    if where is None:
         return None
+    if where != "the device":
+        return told(error)
     try:
         advice = plan().advice()
     except UserError:  # there is no plan of this model
         advice = "add --gradient_checkpointing or --blocks_to_swap N, or lower the batch size"
-    return UserError(f"out of memory on the device: {str(error).splitlines()[0].rstrip('.')}", remedy=advice)
+    return told(error, remedy=advice)
 
 
 def _this_card() -> Card | None:

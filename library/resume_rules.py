@@ -50,6 +50,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("training", "max_train_epochs"): _LENGTH,
     ("training", "gradient_accumulation_steps"): Rule(
         KEEPS, "the batches of a step are compared, over all processes; accumulation only splits them"),
+    ("training", "nan_policy"): Rule(KEEPS, "steps that were left out stay so; it says what happens to others"),
     ("optimizer", SECTION): Rule(CHANGES, "the updates of the weights"),
     ("optimizer", "optimizer_type"): Rule(FIXED, "the saved state of one optimizer says nothing to another"),
     ("objective", SECTION): Rule(CHANGES, "what the model is asked for"),

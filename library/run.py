@@ -26,9 +26,9 @@ from library.data.keys import folder_of
 from library.data.showing import Course
 from library.data.tokens import Counted, count_longest
 from library.errors import UserError, raise_all
-from library.interrupt import stop_requested
 from library.log import log, setup_logging
 from library.optim import schedule, table
+from library.out_of_memory import ENCODING, LOADING, telling
 from library.prompts import Prompt, parse_prompts, with_seeds
 from library.saving import endangered
 from library.trackers import tracker_arguments
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from library.data.tokens import TokenMeter
     from library.dist import Runtime
     from library.encode import Encoded
-    from library.loop import StepReport, Task
     from library.optim.groups import Group
     from library.report.report import Report
     from library.run_metadata import Facts
@@ -71,8 +70,8 @@ class DataPlan:
         return max((dataset.resolution for dataset in self.specs), key=lambda size: size[0] * size[1])
 
 
-def run(entry: Entry, config: Config) -> None:
-    """Train as ``config`` says. Raises UserError for everything the user can mend."""
+def run(entry: Entry, config: Config) -> int:
+    """Train as ``config`` says; returns the exit status. Raises UserError for everything the user can mend."""
     started = time.monotonic()
     begin_log(config)
     if config.dataset.debug_dataset:
@@ -88,11 +87,12 @@ def run(entry: Entry, config: Config) -> None:
 
     from library import states
     from library.build import build_task, loading_device, open_average, open_engine, weights_dtype
-    from library.loop import train
+    from library.ending import to_the_end
     from library.optim.groups import named_parameters
     from library.memory.report import beside_plan
     from library.outputs import Outputs
     from library.planning import advice_for
+    from library.validation import Validating
 
     runtime = join(config, data)
     saved = states.find(config, runtime)
@@ -112,11 +112,12 @@ def run(entry: Entry, config: Config) -> None:
         tell(findings.gather(data.scan, data.selection, plan, captions) + findings.too_long(prompts, "preview prompt"))
     rates = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
     encoded = encode(config, data, arch, runtime, total_steps, training)
-    denoiser = arch.load_denoiser(loading_device(config.memory, runtime.device), weights_dtype(config))
-    encoders = arch.load_text_encoders(training, runtime.device, weights_dtype(config)) if training else NO_ENCODERS
-    groups = method.prepare(arch, denoiser, encoders, optimizer.learning_rate)
-    engine = open_engine(config.memory, arch, denoiser, encoders, runtime.device)
-    ema = open_average(config.ema, groups, engine)
+    with telling(*LOADING):
+        denoiser = arch.load_denoiser(loading_device(config.memory, runtime.device), weights_dtype(config))
+        encoders = arch.load_text_encoders(training, runtime.device, weights_dtype(config)) if training else NO_ENCODERS
+        groups = method.prepare(arch, denoiser, encoders, optimizer.learning_rate)
+        engine = open_engine(config.memory, arch, denoiser, encoders, runtime.device)
+        ema = open_average(config.ema, groups, engine)
     task = build_task(config, runtime, arch, denoiser, encoders, groups, engine, encoded, plan, rates, total_steps, ema)
     weights = named_parameters(groups)
     if saved is not None:
@@ -125,35 +126,28 @@ def run(entry: Entry, config: Config) -> None:
     def group_rates(step: int) -> dict[str, float]:
         return {group.name: group.learning_rate * rates(step - 1, total_steps) for group in groups}
 
-    def write_state(path: Path, step: int, epoch: int) -> None:
-        states.write(path, step, epoch, facts, config.saving.output_name, task, weights, ema, engine.readable)
-
-    keeping = states.Keeping(write_state, task.first_step, ema,
-                             open_report(entry, config, data, plan, total_steps, group_rates) if runtime.is_main else None)
+    keeping = states.Keeping(
+        lambda step, epoch: states.contents(step, epoch, facts, config.saving.output_name, task, weights, ema),
+        lambda path: states.go_back(path, runtime, task, weights, ema, engine.readable), task.first_step,
+        saved and saved.path, ema,
+        open_report(entry, config, data, plan, total_steps, group_rates) if runtime.is_main else None)
     with Outputs(config, runtime, arch, method, denoiser, encoders, encoded, data.prompts, data.resolution,
                  total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch, reading=engine.readable,
-                 validate=build_validation(config, runtime, data, task), uploader=uploader, rates=group_rates,
+                 validate=Validating(task, config.dataset, data.batch_sizes), uploader=uploader, rates=group_rates,
                  facts=facts_of(config, data, arch, plan, groups, rates, total_steps), keeping=keeping) as outputs:
         log.info("ready after %.1f s; steps in all: %d", time.monotonic() - started, total_steps)
         outputs.before_training()
-        with stop_requested() as stop:  # until here a signal ends the run at once: there is nothing to save yet
-            try:
-                done = train(task, stop, outputs.after_step)
-            except Exception as error:
-                outputs.rescue(error)
-                raise advice_for(error, plan_memory) or error
-            outputs.finish(done, stop.signal_name)
-            stop.settled = True
-            outputs.draw_curve(done)
+        status = to_the_end(task, outputs, lambda error: advice_for(error, plan_memory))
         if config.memory.vram_budget:
             log.info(beside_plan(plan_memory().needs, runtime.device))
     runtime.close()
+    return status
 
 
-def show_data(entry: Entry, config: Config) -> None:
+def show_data(entry: Entry, config: Config) -> int:
     """Write the page of ``--debug_dataset``: what the model would see of the data, and what is wrong with it."""
     if os.environ.get("RANK", "0") != "0":
-        return
+        return 0
     from library.data import page
 
     _, scanned = find_pictures(config)
@@ -162,6 +156,7 @@ def show_data(entry: Entry, config: Config) -> None:
                      training.gradient_accumulation_steps, int(os.environ.get("WORLD_SIZE") or 1))
     tell(page.write(path, scanned, facts, lambda: open_meter(entry, config)))
     log.info("the data is shown in %s; nothing was trained", path)
+    return 0
 
 
 def open_plan(config: Config, data: DataPlan, arch: Architecture, method: Any) -> RunPlan:
@@ -174,10 +169,11 @@ def open_plan(config: Config, data: DataPlan, arch: Architecture, method: Any) -
     return RunPlan(config, data.items, data.batch_sizes, arch, method.prepare, cuda)
 
 
-def show_plan(plan_memory: Callable[[], RunPlan]) -> None:
+def show_plan(plan_memory: Callable[[], RunPlan]) -> int:
     """Print the table of ``--plan``."""
     if os.environ.get("RANK", "0") == "0":
         print(plan_memory().text(), flush=True)
+    return 0
 
 
 def fit_budget(config: Config, plan_memory: Callable[[], RunPlan]) -> Config:
@@ -302,8 +298,9 @@ def encode(config: Config, data: DataPlan, arch: Architecture, runtime: Runtime,
     from library.encode import encode_all
 
     course = course_of(config, data, total_steps)
-    return encode_all(arch, runtime, config.caching, data.selection, course, max(data.batch_sizes), data.prompts, training,
-                      remember=data.scan.remember)
+    with telling(*ENCODING):
+        return encode_all(arch, runtime, config.caching, data.selection, course, max(data.batch_sizes), data.prompts, training,
+                          remember=data.scan.remember)
 
 
 def course_of(config: Config, data: DataPlan, total_steps: int) -> Course:
@@ -362,19 +359,3 @@ def count_steps(config: Config, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run: ``--max_train_epochs`` wins over ``--max_train_steps``."""
     epochs = config.training.max_train_epochs
     return epochs * steps_per_epoch if epochs else config.training.max_train_steps
-
-
-def build_validation(config: Config, runtime: Runtime, data: DataPlan, task: Task) -> Callable[[StepReport], float | None]:
-    """Measures the loss on the held-out pictures after the steps at which that is due; None at all others."""
-    from library.validation import Schedule, Validation
-
-    held_out, options = task.encoded.validation, config.dataset
-    if held_out is None:
-        return lambda report: None
-    plan = plans.StepPlan(held_out.items, batch_sizes=data.batch_sizes, seed=0, world_size=runtime.world_size)
-    times = Schedule(options.validate_every_n_steps, options.validate_every_n_epochs, task.total_steps)
-    validation = Validation(held_out, plan, options.max_validation_steps)
-
-    def validate(report: StepReport) -> float | None:
-        return validation.measure(task) if times.due(report.step, report.epoch + 1, report.epoch_ended) else None
-    return validate

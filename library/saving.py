@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -72,12 +72,18 @@ def outdated(names: Iterable[str], pattern: re.Pattern[str], current: int, keep:
 
 def is_full(error: BaseException) -> bool:
     """A file could not be written for lack of space."""
-    return isinstance(error, NoRoom) or any(isinstance(one, OSError) and one.errno in _FULL for one in (error, error.__cause__))
+    return any(isinstance(one, NoRoom) or isinstance(one, OSError) and one.errno in _FULL for one in _causes(error))
 
 
 def may_pass(error: BaseException) -> bool:
     """The disk is the reason, so that the same file may be written a little later; not for weights that do not fit a format."""
-    return isinstance(error, (OSError, NoRoom, Damaged)) or isinstance(error.__cause__, OSError)
+    return any(isinstance(one, (OSError, NoRoom, Damaged)) for one in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 class Retry:

@@ -5,31 +5,47 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from library.checkpoint.state_find import SUFFIX, found_states, remove_states
+from library.checkpoint.train_state import open_state
 from library.config.schema import SavingOptions
 from library.config.state_options import StateOptions
-from library.saving import epoch_name, epochs_between_saves, final_name, outdated, step_name
+from library.errors import UserError
+from library.log import log
+from library.saving import Retry, epoch_name, epochs_between_saves, final_name, outdated, step_name
+
+
+class Write(Protocol):
+    def __call__(self, path: Path, step: int, epoch: int, then: Callable[[], None], at_once: bool = False) -> None: ...
 
 
 class StateSaver:
-    """Calls ``write(path, step, epoch)`` when a state is due, then removes those that are no longer kept.
+    """Calls ``write(path, step, epoch, then, at_once)`` when a state is due, then removes those that are no longer kept.
 
-    ``write`` must put a whole state in place or raise; nothing is removed then, nor before the new state was read back. With
-    ``--save_state`` a state goes with every checkpoint, so the same settings say when; ``--save_state_every_n_steps`` asks for
-    states of their own. As in the dialect retention counts steps for the one kind and saved epochs for the other, and where it
-    has no setting of its own that of the checkpoints holds.
+    ``write`` must put a whole state in place, read it back and call ``then``, perhaps later unless ``at_once``; or raise. Nothing
+    is removed before. ``begun``: step and place of the state that the run went on from. What could not be saved is owed
+    (``retry``): ``late`` saves it, named by its step.
+
+    With ``--save_state`` a state goes with every checkpoint, so the same settings say when; ``--save_state_every_n_steps`` asks
+    for states of their own. As in the dialect retention counts steps for the one kind and saved epochs for the other, and where
+    it has no setting of its own that of the checkpoints holds.
     """
 
     def __init__(self, output_dir: Path, output_name: str, options: StateOptions, saving: SavingOptions, *, total_epochs: int,
-                 write: Callable[[Path, int, int], None]):
+                 write: Write, begun: tuple[int, Path] | None = None):
         self.folder, self.name, self.options, self.total_epochs, self._write_state = (
             output_dir, output_name, options, total_epochs, write)
+        self.written = [begun] if begun else []  # (step, path) of this run's states, each whole when it was written; newest last
+        self.retry = Retry()
         self.every_n_steps = saving.save_every_n_steps
         self.every_n_epochs = epochs_between_saves(saving.save_every_n_epochs, saving.save_n_epoch_ratio, total_epochs)
         self.last_n_steps = options.save_last_n_steps_state or saving.save_last_n_steps
         self.last_n_epochs = options.save_last_n_epochs_state or saving.save_last_n_epochs
-        self.latest: tuple[int, Path] | None = None
+
+    @property
+    def latest(self) -> tuple[int, Path] | None:
+        return self.written[-1] if self.written else None
 
     def due_after_step(self, step: int) -> bool:
         """Whether ``step`` steps (from 1) call for a state; another moment may call for one at the same step."""
@@ -37,26 +53,29 @@ class StateSaver:
         return any(period and step % period == 0 for period in periods)
 
     def after_step(self, step: int, epoch: int) -> Path | None:
-        if not self.due_after_step(step):
-            return None
-        path = self._write(step_name(self.name, step, SUFFIX), step, epoch)
-        if self.last_n_steps:
-            self._remove(r"-step(\d{8,})", step, self.last_n_steps + 1, path)
-        return path
+        return self.late(step, epoch) if self.due_after_step(step) else None
+
+    def late(self, step: int, epoch: int) -> Path:
+        """Save now, whether it is due or not."""
+        keep = self.last_n_steps + 1 if self.last_n_steps else 0
+        return self._write(step_name(self.name, step, SUFFIX), step, epoch, r"-step(\d{8,})", step, keep)
+
+    def first(self) -> None:
+        """A state of a run that has not begun, for ``--nan_policy rollback``; not where it went on from one."""
+        if not self.written:
+            self._write(step_name(self.name, 0, SUFFIX), 0, 0, at_once=True)
 
     def after_epoch(self, epoch: int, step: int) -> Path | None:
         """After ``epoch`` finished epochs; not after the last, which the end of training follows."""
         if not (self.options.save_state and self.every_n_epochs) or epoch % self.every_n_epochs or epoch >= self.total_epochs:
             return None
-        path = self._write(epoch_name(self.name, epoch, SUFFIX), step, epoch)
-        if self.last_n_epochs:
-            self._remove(r"-(\d{6,})", epoch, self.last_n_epochs * self.every_n_epochs, path)
-        return path
+        keep = self.last_n_epochs * self.every_n_epochs if self.last_n_epochs else 0
+        return self._write(epoch_name(self.name, epoch, SUFFIX), step, epoch, r"-(\d{6,})", epoch, keep)
 
     def final(self, step: int, epoch: int) -> Path | None:
         if not (self.options.save_state or self.options.save_state_on_train_end):
             return None
-        return self._write(final_name(self.name, SUFFIX), step, epoch)
+        return self._write(final_name(self.name, SUFFIX), step, epoch, at_once=True)
 
     def emergency(self, step: int, epoch: int) -> Path | None:
         """A state of the last complete step when a run is stopped, whatever the settings; None before the first step."""
@@ -64,15 +83,33 @@ class StateSaver:
             return None
         if self.latest is not None and self.latest[0] == step:
             return self.latest[1]
-        return self._write(step_name(self.name, step, SUFFIX), step, epoch)
+        return self._write(step_name(self.name, step, SUFFIX), step, epoch, at_once=True)
 
-    def _write(self, name: str, step: int, epoch: int) -> Path:
+    def newest_whole(self) -> Path | None:
+        """Of the states of this run the newest one of which every byte is still what was written; the others are told of."""
+        for _, path in reversed(self.written):
+            try:
+                return open_state(path).path
+            except UserError as error:
+                if path.exists():
+                    log.warning("passed over %s: %s", path, error.message)
+        return None
+
+    def _write(self, name: str, step: int, epoch: int, numbered: str = "", current: int = 0, keep: int = 0,
+               at_once: bool = False) -> Path:
+        """``numbered``, ``current``, ``keep``: see ``_remove``; ``keep`` 0: nothing is ever removed."""
         path = self.folder / name
-        self._write_state(path, step, epoch)
-        self.latest = (step, path)
+
+        def then() -> None:
+            self.written.append((step, path))
+            self.retry.clear()
+            if keep:
+                self._remove(numbered, current, keep, path)
+
+        self._write_state(path, step, epoch, then, at_once=at_once)
         return path
 
     def _remove(self, numbered: str, current: int, keep: int, newest: Path) -> None:
         by_name = {path.name: path for path in found_states(self.folder, self.name) if path.parent == self.folder}
         pattern = re.compile(rf"{re.escape(self.name)}{numbered}{SUFFIX}")
-        remove_states([by_name[name] for name in outdated(by_name, pattern, current, keep)], newest)
+        remove_states([by_name[name] for name in outdated(by_name, pattern, current, keep)], newest, read_back=True)

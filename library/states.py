@@ -12,7 +12,7 @@ import torch
 
 from library.architectures.base import Architecture
 from library.checkpoint import train_state
-from library.checkpoint.state_find import find_state, next_serial
+from library.checkpoint.state_find import find_state
 from library.checkpoint.train_state import SavedState, StateFacts
 from library.config.parse import Config, Entry, to_toml
 from library.data.items import Items
@@ -20,9 +20,11 @@ from library.data.plan import StepPlan
 from library.data.spec import DatasetSpec
 from library.dist import Runtime
 from library.ema import Ema
+from library.errors import UserError
 from library.log import log
 from library.loop import Task
 from library.report.report import Report
+from library.state_writing import Contents
 from library.resume import data_settings, identity, require_same, version_notes, versions
 
 
@@ -74,24 +76,33 @@ def restore(saved: SavedState, task: Task, weights: Mapping[str, torch.Tensor], 
         if ema is not None and (average := saved.part("ema")) is not None:
             ema.load_state_dict(average)
     task.updater.load_state_dict(saved.part("optimizer"))
+    task.nans.skipped.update(saved.facts.skipped)
     if task.scaler is not None and (scale := saved.part("scaler")) is not None:
         task.scaler.load_state_dict(scale)
     log.info("going on after step %d of %d, from %s", saved.facts.step, task.total_steps, saved.path)
     return replace(task, first_step=saved.facts.step)
 
 
-def write(path: Path, step: int, epoch: int, facts: StateFacts, name: str, task: Task, weights: Mapping[str, torch.Tensor],
-          ema: Ema | None, readable: Callable[[], AbstractContextManager]) -> None:
-    """A state after ``step`` steps, as a folder that appears whole."""
-    now = replace(facts, step=step, epoch=epoch, serial=next_serial(path.parent, name),
-                  saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+def contents(step: int, epoch: int, facts: StateFacts, name: str, task: Task, weights: Mapping[str, torch.Tensor],
+             ema: Ema | None) -> Contents:
+    """What a state after ``step`` steps consists of: the live tensors, not copies. ``name``: of the run."""
+    now = replace(facts, step=step, epoch=epoch, saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                  skipped=sorted(task.nans.skipped))
     if ema is not None:
         ema.wait()
     parts = {"optimizer": task.updater.state_dict(), "scaler": task.scaler.state_dict() if task.scaler is not None else None,
              "ema": ema.state_dict() if ema is not None else None}
-    with readable():
-        size = train_state.save(path, now, weights, parts)
-    log.info("state of step %d: %s (%.2f GB)", step, path, size / 1e9)
+    return Contents(now, name, weights, parts)
+
+
+def go_back(path: Path | None, runtime: Runtime, task: Task, weights: Mapping[str, torch.Tensor], ema: Ema | None,
+            readable: Callable[[], AbstractContextManager]) -> int:
+    """Put the state at ``path``, which the first rank has chosen and checked, in place of the run as it is; returns its step."""
+    place = runtime.exchange(path)[0]
+    if place is None:
+        raise UserError("no state of this run is whole any more, so it cannot go back to one", place="--nan_policy rollback",
+                        remedy="look at the disk; checkpoints can be used as the model to start from")
+    return restore(train_state.open_state(place, verify=False), task, weights, ema, readable).first_step
 
 
 @contextmanager
@@ -109,9 +120,15 @@ def averaged(ema: Ema, readable: Callable[[], AbstractContextManager]) -> Iterat
 
 @dataclass(frozen=True)
 class Keeping:
-    """What a run leaves besides its checkpoints and logs, and where it began. ``write_state(path, step, epoch)``."""
+    """What a run leaves besides its checkpoints and logs, and where it began.
 
-    write_state: Callable[[Path, int, int], None]
+    ``state(step, epoch)``: what a state of now consists of. ``go_back(path)``: restore one, see above. ``first_state``: the one
+    that the run went on from.
+    """
+
+    state: Callable[[int, int], Contents]
+    go_back: Callable[[Path | None], int]
     first_step: int = 0
+    first_state: Path | None = None
     ema: Ema | None = None
     report: Report | None = None

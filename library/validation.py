@@ -6,14 +6,17 @@ quantiles of the training density each time, with noise that depends on the seed
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
+from library.config.data_options import DatasetOptions
 from library.data.dataset import Batch, TrainingData, batches
 from library.data.plan import StepPlan
-from library.loop import Task
+from library.loop import StepReport, Task
 from library.objectives.noise import Draws, draw
 from library.step import evaluating, training_losses
 
@@ -38,6 +41,19 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Mean losses over pictures and quantiles: of all, and, where pictures of several datasets are held out, of each of them by
+    its name (``dataset 2``: the second of the dataset file)."""
+
+    loss: float
+    by_dataset: Mapping[str, float]
+
+    def values(self, name: str) -> dict[str, float]:
+        """By column of the log: ``name`` and ``name/dataset 2``."""
+        return {name: self.loss, **{f"{name}/{dataset}": loss for dataset, loss in self.by_dataset.items()}}
+
+
+@dataclass(frozen=True)
 class Validation:
     """``plan`` over the held-out pictures, in the same batch sizes as training; ``max_steps`` rounds of it at most."""
 
@@ -45,19 +61,54 @@ class Validation:
     plan: StepPlan
     max_steps: int | None
 
-    def measure(self, task: Task) -> float:
-        """The mean loss over pictures and quantiles, the same on every rank; weights of the dataset file are left out."""
+    @cached_property
+    def datasets(self) -> tuple[int, ...]:
+        """The datasets that held-out pictures are of."""
+        return tuple(sorted({dataset for dataset, _ in self.data.items.groups}))
+
+    def measure(self, task: Task) -> Measured:
+        """The same on every rank; weights of the dataset file are left out."""
         runtime = task.runtime
         stop = self.plan.steps_per_epoch if self.max_steps is None else min(self.max_steps, self.plan.steps_per_epoch)
-        total, count = torch.zeros((), dtype=torch.float64), 0
+        sums = torch.zeros(len(self.datasets), 2, dtype=torch.float64)  # of losses, and of how many
         steps = batches(self.data, self.plan, runtime.rank, 0, stop, workers=0)
         with torch.no_grad(), evaluating(task.modules), closing(steps):
             for group in steps:
                 for batch in group.micro:
-                    total += _batch_loss(task, batch)
-                count += group.real_samples
+                    dataset = int(batch.sample_ids[0].partition(".")[0])  # a batch is of one dataset
+                    row = sums[self.datasets.index(dataset)]
+                    row[0] += _batch_loss(task, batch)
+                    row[1] += int((batch.weight != 0).sum()) * len(QUANTILES)
         # float32 is what every device can add up; the sum over ranks is of a few thousand losses
-        return float(runtime.sum_over_ranks(total.float().to(runtime.device)).item()) / count / len(QUANTILES)
+        sums = runtime.sum_over_ranks(sums.float().to(runtime.device)).double().cpu()
+        total, count = sums.sum(0).tolist()
+        if len(self.datasets) == 1:
+            return Measured(total / count, {})
+        each = zip(self.datasets, sums.tolist(), strict=True)
+        return Measured(total / count, {f"dataset {dataset + 1}": loss / of for dataset, (loss, of) in each if of})
+
+
+class Validating:
+    """Measures the held-out pictures of a run whenever that is due; never where none are held out."""
+
+    def __init__(self, task: Task, options: DatasetOptions, batch_sizes: list[int]):
+        held_out, self.task = task.encoded.validation, task
+        self.times = Schedule(options.validate_every_n_steps, options.validate_every_n_epochs, task.total_steps)
+        self.validation = held_out and Validation(
+            held_out, StepPlan(held_out.items, batch_sizes=batch_sizes, seed=0, world_size=task.runtime.world_size),
+            options.max_validation_steps)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What ``Measured.values`` may add to the name of the whole."""
+        datasets = self.validation.datasets if self.validation else ()
+        return tuple(f"/dataset {dataset + 1}" for dataset in datasets) if len(datasets) > 1 else ()
+
+    def __call__(self, report: StepReport) -> Measured | None:
+        """After a step; None when nothing is due."""
+        if self.validation is None or not self.times.due(report.step, report.epoch + 1, report.epoch_ended):
+            return None
+        return self.validation.measure(self.task)
 
 
 def _batch_loss(task: Task, batch: Batch) -> torch.Tensor:

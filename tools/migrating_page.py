@@ -103,6 +103,7 @@ NEW: dict[str, str] = {
 NEW |= {
     "save_state_every_n_steps": "states at moments of their own, apart from checkpoints",
     "resume_anyway": "go on from a state although settings changed that change the run; without it they are listed and refused",
+    "nan_policy": "a step with a NaN can be left out, or the run goes back to its newest state, where others train on with broken weights",
     "ema_decay": "a running average of the weights, saved beside them",
     "ema_device": "where that average is kept",
     "recompute_policy": "keep the outputs of matrix products and attention: nearly the speed without recompute",

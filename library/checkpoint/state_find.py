@@ -68,17 +68,17 @@ def find_state(folder: Path, output_name: str, wanted: str | Path) -> SavedState
     return None
 
 
-def remove_states(paths: Iterable[Path], newest: Path) -> list[Path]:
+def remove_states(paths: Iterable[Path], newest: Path, read_back: bool = False) -> list[Path]:
     """Remove states that are no longer kept, once ``newest`` was read back whole; returns what was removed.
 
-    Nothing goes as long as the newest is not whole. A folder leaves under a hidden name first, so that a run killed while its
-    files go leaves nothing that looks like a state.
+    ``read_back``: it was, just now. Nothing goes as long as the newest is not whole. A folder leaves under a hidden name first,
+    so that a run killed while its files go leaves nothing that looks like a state.
     """
     going = [path for path in paths if is_state(path) and not path.is_symlink() and path.resolve() != newest.resolve()]
     if not going:
         return []
     try:
-        open_state(newest)
+        open_state(newest, verify=not read_back)
     except UserError as error:
         log.error("older states are kept, as the newest could not be read back: %s", error)
         return []

@@ -50,6 +50,7 @@ class StateFacts:
     ``step``, ``stride`` (batches of a step over all ranks, ``StepPlan.stride``) and ``steps_per_epoch``. ``model`` and
     ``data`` are texts that are equal for equal models (architecture, method, frozen weights) and data (``Items.digest()``).
     ``config``: the settings as ``parse.to_toml`` gives them; ``data_settings``: those of the dataset file, by name.
+    ``skipped``: numbers (from 1) of the steps that are left out because of a NaN, later ones among them (``nan_policy``).
     ``serial`` grows with every state written into a folder, so that the newest is known without trusting clocks.
     """
 
@@ -67,6 +68,7 @@ class StateFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     saved_at: str = ""
     serial: int = 0
+    skipped: list[int] = field(default_factory=list)
 
 
 def save(path: Path, facts: StateFacts, weights: Mapping[str, torch.Tensor], parts: Mapping[str, Any]) -> int:

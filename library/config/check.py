@@ -241,8 +241,8 @@ def _saving(config: Config) -> Iterator[Problem]:
         if getattr(saving, keep) and not saves:
             yield conflict(config, f"{keep} {every} save_n_epoch_ratio", f"there is nothing to keep without --{every}",
                            f"add --{every} N")
-    if saving.async_save and not (saving.save_every_n_steps or saving.save_every_n_epochs or saving.save_n_epoch_ratio):
-        yield conflict(config, "async_save save_every_n_steps save_every_n_epochs save_n_epoch_ratio",
+    if saving.async_save and not (saving.on_the_way or config.state.on_the_way(saving)):
+        yield conflict(config, "async_save save_every_n_steps save_every_n_epochs save_n_epoch_ratio save_state_every_n_steps",
                        "no file is written during training", "add --save_every_n_steps N, or leave it out")
     if saving.save_n_epoch_ratio and saving.save_every_n_epochs:
         yield conflict(config, "save_n_epoch_ratio save_every_n_epochs", "contradicts --save_every_n_epochs",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from library.config.nan_policies import NAN_POLICIES, ROLLBACK, STOP
 from library.config.values import flag, read_warmup
 
 if TYPE_CHECKING:
@@ -106,6 +107,16 @@ class TrainingOptions:
     max_train_steps: int = flag(1600, "optimizer steps", minimum=1)
     max_train_epochs: int | None = flag(None, "passes over the dataset (overrides --max_train_steps)", minimum=0, off="0")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", minimum=1, off="1")
+    nan_policy: str = flag(STOP, "after a step whose loss or gradient is NaN or infinite: stop, skip that step, or go back to "
+                           "the newest state and train on from there without it", choices=NAN_POLICIES, off=STOP)
+
+    def problems(self, config: Config) -> Iterator[Problem]:
+        """Going back needs states to go back to."""
+        from library.config.check import conflict  # which imports this package's other modules
+
+        if self.nan_policy == ROLLBACK and not config.state.on_the_way(config.saving):
+            yield conflict(config, "nan_policy save_state save_state_every_n_steps", "rollback needs states that are written "
+                           "during training", "add --save_state_every_n_steps N, or use --nan_policy skip")
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,12 @@ class SavingOptions:
     save_n_epoch_ratio: int | None = flag(None, "also save about N times over all epochs", minimum=0, off="0")
     save_last_n_epochs: int | None = flag(None, "of the epoch saves keep the last N", minimum=0, off="0")
     save_last_n_steps: int | None = flag(None, "of the step saves keep those not older than N steps", minimum=0, off="0")
-    async_save: bool = flag(False, "write files during training from a copy of the weights in host memory, while steps go on")
+    async_save: bool = flag(False, "write files and states during training from copies in host memory, while steps go on")
+
+    @property
+    def on_the_way(self) -> bool:
+        """Whether checkpoints are written before training ends."""
+        return bool(self.save_every_n_steps or self.save_every_n_epochs or self.save_n_epoch_ratio)
 
     def stored_dtype(self, weights_dtype: str) -> str:
         """``fp32``, ``fp16`` or ``bf16`` in the file, for weights trained in ``weights_dtype``."""

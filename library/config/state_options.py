@@ -11,6 +11,7 @@ from library.config.values import flag
 
 if TYPE_CHECKING:
     from library.config.parse import Config
+    from library.config.schema import SavingOptions
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class StateOptions:
     def wanted(self) -> bool:
         """Whether states are written at all, stopping apart."""
         return self.save_state or self.save_state_on_train_end or bool(self.save_state_every_n_steps)
+
+    def on_the_way(self, saving: SavingOptions) -> bool:
+        """Whether states are written before training ends."""
+        return bool(self.save_state_every_n_steps or (self.save_state and saving.on_the_way))
 
     def problems(self, config: Config) -> Iterator[Problem]:
         """Settings that would do nothing."""

@@ -101,7 +101,7 @@ def _unchanged(value: T) -> T:
 
 
 def _start_worker(index: int) -> None:
-    """Ctrl-C and SIGTERM often reach the whole process group. The main process then finishes its step and saves, so a
+    """Ctrl-C, SIGTERM and SIGUSR1 often reach the whole process group. The main process then finishes its step and saves, so a
     worker lives on until it is told to end, after SIGTERM for half a minute at most."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -110,3 +110,5 @@ def _start_worker(index: int) -> None:
         timer.daemon = True
         timer.start()
     signal.signal(signal.SIGTERM, end_later)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as Ctrl-C: the main process will end the workers

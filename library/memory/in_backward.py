@@ -125,9 +125,18 @@ class StepInBackward(Listener):
         bad, names = self._bad, self._bad_names
         self._clear()
         if bad is not None or not math.isfinite(norm):
-            raise non_finite(math.nan if math.isfinite(norm) else norm, names, step,
-                             "weights that come later in the model have had this step already")
+            error = non_finite(math.nan if math.isfinite(norm) else norm, names, step,
+                               "weights that come later in the model have had this step already")
+            error.weights_touched = True
+            raise error
         return UpdateInfo(norm, self._groups[0].learning_rate * self._factor)
+
+    def leave_out(self, step: int, total_steps: int) -> UpdateInfo:
+        """Update number ``step`` (counted from 0) is not made, or was broken off: whatever gradients there are, are given up."""
+        self._boundaries.notice_abort()
+        self.abort()
+        rate = self._groups[0].learning_rate * self._schedule(step, total_steps)
+        return UpdateInfo(math.nan, rate, skipped=True, left_out=True)
 
     def enter_backward(self, place: int) -> None:
         if self._partial is not None and place in self._streaming.number:

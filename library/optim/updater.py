@@ -19,17 +19,22 @@ _SKIPS_UNTIL_ERROR = 40  # the scale of float16 gradients halves with every skip
 
 
 class NonFinite(UserError):
-    """The training has diverged or its input is broken: a NaN or an infinity where a number is needed. No weight was touched."""
+    """The training has diverged or its input is broken: a NaN or an infinity where a number is needed."""
+
+    weights_touched = False  # some weights were updated before it was seen
+    hopeless = False  # leaving the step out would not help
 
 
 @dataclass(frozen=True)
 class UpdateInfo:
     """``grad_norm`` before clipping (over all parameters), ``learning_rate`` of the first group; ``skipped``: float16
-    gradients overflowed, the weights are unchanged and the scale was lowered (grad_norm is then not finite)."""
+    gradients overflowed, the weights are unchanged and the scale was lowered (grad_norm is then not finite). ``left_out``: no
+    update was made, whatever the gradients were (see ``nan_policy``)."""
 
     grad_norm: float
     learning_rate: float
     skipped: bool = False
+    left_out: bool = False
 
 
 class StepAfterBackward:
@@ -78,7 +83,9 @@ class StepAfterBackward:
         skipped = not math.isfinite(norm)
         self._skips_in_a_row = self._skips_in_a_row + 1 if skipped else 0
         if skipped and (scaler is None or self._skips_in_a_row >= _SKIPS_UNTIL_ERROR):
-            raise self._non_finite(norm, step)
+            error = self._non_finite(norm, step)
+            error.hopeless = scaler is not None
+            raise error
         learning_rate = self._set_learning_rates(self._schedule(step, total_steps))
         if not skipped:
             if 0 < self._max_grad_norm < norm + 1e-6:  # 1e-6: as in clip_grad_norm_, of which this is the second half
@@ -89,6 +96,13 @@ class StepAfterBackward:
         for parameter in self._parameters.values():
             parameter.grad = None
         return UpdateInfo(norm, learning_rate, skipped)
+
+    def leave_out(self, step: int, total_steps: int) -> UpdateInfo:
+        """Update number ``step`` (counted from 0) is not made: whatever gradients there are, are given up."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        rate = self._groups[0].learning_rate * self._schedule(step, total_steps)
+        return UpdateInfo(math.nan, rate, skipped=True, left_out=True)
 
     def _step(self, step: int) -> None:
         if self._rounding is not None:

@@ -108,13 +108,22 @@ def standing(rows: Rows) -> Standing:
     known = numpy.isfinite(seconds) & numpy.isfinite(speed) if len(seconds) == len(speed) else numpy.zeros(0, dtype=bool)
     held_steps, held = rows.points("validation_loss")
     best = int(held.argmin()) if len(held) else None
-    turned = best is not None and len(held) - 1 - best >= LATER and bool((held[-LATER:] > held[best] * (1 + RISE)).all())
+    turned = turned_after(held.tolist()) is not None
     return Standing(
         int(_last(step) or 0), int(_last(epoch) or 0), round(float((seconds[known] * speed[known]).sum())) if len(known) else 0,
         float(numpy.nansum(seconds)) if len(seconds) else 0.0, _recent(rows.points("loss")[1]),
         _recent(rows.points("images_per_second")[1]), _recent(rows.points("seconds")[1]), _last(rows.points("peak_bytes")[1]),
         int(held_steps[best]) if best is not None else None, float(held[best]) if best is not None else None,
         _last(held), turned)
+
+
+def turned_after(losses: Sequence[float]) -> int | None:
+    """Which of the measured losses on held-out pictures was the lowest, when all of the latest are clearly higher; else None."""
+    if not losses:
+        return None
+    best = min(range(len(losses)), key=losses.__getitem__)
+    rising = len(losses) - 1 - best >= LATER and all(loss > losses[best] * (1 + RISE) for loss in losses[-LATER:])
+    return best if rising else None
 
 
 def _last(values: numpy.ndarray) -> float | None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
+from tests.cli import warm
 from tests.contract.conftest import dataset_file, make_pictures
 from tests.tiny import make_flux_files
 
@@ -39,10 +42,22 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
 
 
-def run_script(*arguments: object, script: str = "flux_train.py", cwd: Path = ROOT, **extra: str) -> Done:
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
-                          env=environment(**extra), timeout=300, encoding="utf-8", errors="replace")
-    return Done(done.returncode, done.stdout, done.stderr)
+def run_script(*arguments: object, script: str = "flux_train.py", cwd: Path = ROOT, fresh: bool = False, **extra: str) -> Done:
+    """The script in a process of its own, run to its end; ``fresh``: started from nothing, for what is read at import."""
+    words = [str(argument) for argument in arguments]
+    if fresh or not warm.AVAILABLE:
+        done = subprocess.run([sys.executable, str(ROOT / script), *words], capture_output=True, text=True, cwd=cwd,
+                              env=environment(**extra), timeout=300, encoding="utf-8", errors="replace")
+        return Done(done.returncode, done.stdout, done.stderr)
+    with TemporaryDirectory() as folder:
+        out, err = Path(folder) / "stdout", Path(folder) / "stderr"
+        status = warm.run(ROOT / script, words, cwd, environment(**extra), out, err)
+        return Done(status, *(path.read_text(encoding="utf-8", errors="replace") for path in (out, err)))
+
+
+def run_all(*commands: Sequence[object], script: str = "flux_train.py") -> list[Done]:
+    """The script once with each list of arguments, one after the other."""
+    return [run_script(*command, script=script) for command in commands]
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -20,23 +19,6 @@ from tests.cli.conftest import ROOT, Done, environment
 SCRIPT = "flux_train.py"
 LIMIT = 240  # seconds that a process of these tests may take on a busy machine
 
-# Runs the script again and again as "python flux_train.py ..." does: importing torch and diffusers takes longer than training.
-_SEVERAL = """
-import contextlib, io, json, runpy, sys
-answers = []
-for arguments in json.load(sys.stdin):
-    sys.argv = [{script!r}, *arguments]
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            runpy.run_path({script!r}, run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-    answers.append([status, out.getvalue(), err.getvalue()])
-print(json.dumps(answers))
-"""
-
-
 def launcher(precision: str, **more: object) -> list[str]:
     """``accelerate launch`` as people type it, up to the script's own flags."""
     flags = {"num_processes": 1, "num_machines": 1, "mixed_precision": precision, "dynamo_backend": "no", **more}
@@ -49,16 +31,6 @@ def launch(command: Sequence[str], *arguments: object) -> Done:
     done = subprocess.run([*command, *map(str, arguments)], capture_output=True, cwd=ROOT, env=environment(), timeout=LIMIT,
                           text=True, encoding="utf-8", errors="replace")
     return Done(done.returncode, done.stdout, done.stderr)
-
-
-def run_all(*commands: Sequence[object], script: str = SCRIPT) -> list[Done]:
-    """The script once with each list of arguments, one after the other in one fresh process."""
-    code = _SEVERAL.format(script=str(ROOT / script))
-    arguments = json.dumps([[str(one) for one in command] for command in commands])
-    done = subprocess.run([sys.executable, "-c", code], input=arguments, cwd=ROOT, capture_output=True, timeout=LIMIT, text=True,
-                          encoding="utf-8", env=environment(PYTHONPATH=str(ROOT), PYTHONIOENCODING="utf-8"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [Done(*answer) for answer in json.loads(done.stdout.splitlines()[-1])]
 
 
 class Running:

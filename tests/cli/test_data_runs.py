@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.cli.runs import column, run_all, running
+from tests.cli.conftest import run_all
+from tests.cli.runs import column, running
 from tests.contract.conftest import dataset_file, losses, make_pictures
 
 SHORT = ("--t5xxl_max_token_length", "16")
@@ -81,6 +82,21 @@ def test_held_out_pictures_are_measured_and_not_trained(flags, tmp_path):
     assert len(column(tmp_path / "often", "validation_loss")) == 4
     assert "held-out" in first.text and "an epoch is 2 steps" in first.text and "of 3 pictures" in first.text
     assert "an epoch is 2 steps" in first.text and "2 pictures held out for validation" in first.text  # what the data page says
+
+
+def test_held_out_pictures_of_several_datasets_and_of_averaged_weights(flags, tmp_path):
+    """Training that goes far too fast: the loss on the held-out pictures turns, which is told in words."""
+    subset = "[[datasets]]\nresolution = {}\n[[datasets.subsets]]\nimage_dir = '{}'\n"
+    folders = [make_pictures(tmp_path / name, 4) for name in ("one", "two")]
+    (tmp_path / "data.toml").write_text("".join(subset.format(64, folder.as_posix()) for folder in folders))
+    (done,) = run_all(flags("out", "--dataset_config", tmp_path / "data.toml", "--validation_split", "0.5", "--cache_latents",
+                            "--validate_every_n_steps", "1", "--ema_decay", "0.5", "--cache_text_encoder_outputs", "--max_train_steps", "8",
+                            "--learning_rate", "0.05"))
+    worked(done)
+    whole, one, two = (column(tmp_path / "out", f"validation_loss{part}") for part in ("", "/dataset 1", "/dataset 2"))
+    assert len(whole) == 8 and whole == pytest.approx([(first + second) / 2 for first, second in zip(one, two, strict=True)], rel=1e-5)
+    assert len(column(tmp_path / "out", "validation_loss_ema/dataset 2")) == 8
+    assert "the loss on the held-out pictures was lowest after step" in done.text
 
 
 def test_variants_of_a_caption_are_cached(flags, tmp_path):

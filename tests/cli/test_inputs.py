@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.conftest import with_flag
-from tests.cli.runs import checkpoints, header, run_all
+from tests.cli.conftest import run_all, with_flag
+from tests.cli.runs import checkpoints, header
 from tests.contract.conftest import losses
 from tests.tiny import TinyFlux, make_flux_files
 

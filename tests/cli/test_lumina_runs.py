@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.cli.conftest import with_flag
-from tests.cli.runs import column, header, run_all
+from tests.cli.conftest import run_all, with_flag
+from tests.cli.runs import column, header
 from tests.tiny_lumina import make_all_in_one, make_image_2_files, make_next_files
 
 SCRIPT = "lumina_train.py"

@@ -24,6 +24,7 @@ from flux_train import ENTRY
 from sdxl_train import ENTRY as SDXL
 from library.app import main
 from library.checkpoint.verify import verify
+from library.interrupt import STOPPED_STATUS
 from library.log import log
 from library.run_metadata import TABLE
 from tests.cli.conftest import ROOT, run_script, with_flag
@@ -367,7 +368,7 @@ def test_a_signal_while_files_are_written_beside_the_training(base, tmp_path, na
     with running([sys.executable, str(ROOT / SCRIPT), *map(str, flags)], tmp_path / "log") as run:
         run.until(lambda: len(rows(out)) >= 5)
         run.process.send_signal(getattr(signal, name))
-        assert run.end() == 0, run.text
+        assert run.end() == STOPPED_STATUS, run.text
         text = run.text
     last = len(rows(out))
     assert checkpoints(out)[-1] == f"last-step{last:08d}.safetensors" and len(checkpoints(out)) == 4
@@ -394,7 +395,7 @@ def test_uploads_and_secrets(files, tmp_path):
                           "--huggingface_path_in_repo", "runs", "--huggingface_token", GOOD_TOKEN, "--logging_dir", "logs",
                           "--log_config", "--sample_prompts", "prompts.txt", "--sample_every_n_steps", 4,
                           "--console_log_file", "told.log", cwd=home, HOME=str(home), HF_ENDPOINT=address, HF_HUB_OFFLINE="0",
-                          WANDB_API_KEY="wandbSECRET0123", PYTHONDONTWRITEBYTECODE="1")
+                          WANDB_API_KEY="wandbSECRET0123", PYTHONDONTWRITEBYTECODE="1", fresh=True)
     assert done.status == 0 and "Traceback" not in done.text, done.text
     assert {path: hashlib.sha256(data).hexdigest() for (_, path), data in stub.files.items()} == {
         f"runs/{name}": hashlib.sha256((home / "out" / name).read_bytes()).hexdigest() for name in checkpoints(home / "out")}
@@ -424,7 +425,7 @@ def test_absolute_paths_stay_out_of_what_is_passed_on(base, tmp_path):
 
 def test_a_wrong_token_ends_the_run_before_it_begins(base, tmp_path):
     with serving(HubStub()) as address:
-        done = run_script(*base, *SHORT, "--huggingface_repo_id", "me/x", HF_TOKEN="hf_wrongTOKEN", HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+        done = run_script(*base, *SHORT, "--huggingface_repo_id", "me/x", HF_TOKEN="hf_wrongTOKEN", HF_ENDPOINT=address, HF_HUB_OFFLINE="0", fresh=True)
     assert done.status == 2 and done.errors == [
         "error: --huggingface_token: the hub does not know this access token; set HF_TOKEN, run `hf auth login`, or give "
         "--huggingface_token; make one at huggingface.co/settings/tokens"], done.text
@@ -435,6 +436,6 @@ def test_a_hub_that_fails_does_not_end_the_run(base, tmp_path):
     stub = HubStub()
     stub.broken = 400
     with serving(stub) as address:
-        done = run_script(*base, *SHORT, "--huggingface_repo_id", "me/x", HF_TOKEN=GOOD_TOKEN, HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+        done = run_script(*base, *SHORT, "--huggingface_repo_id", "me/x", HF_TOKEN=GOOD_TOKEN, HF_ENDPOINT=address, HF_HUB_OFFLINE="0", fresh=True)
     assert done.status == 0 and "NOT UPLOADED, training goes on: last.safetensors" in done.text and GOOD_TOKEN not in done.text
     assert checkpoints(tmp_path / "out") == ["last.safetensors"]

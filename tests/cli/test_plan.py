@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from tests.cli.runs import SCRIPT, checkpoints, run_all
+from tests.cli.conftest import run_all
+from tests.cli.runs import SCRIPT, checkpoints
 from tests.contract.conftest import dataset_file, losses, make_pictures
 from tests.full_size import write_flux
 from tests.tiny_sdxl import make_sdxl_files

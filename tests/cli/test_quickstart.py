@@ -3,31 +3,26 @@
 import re
 import shutil
 import subprocess
-import sys
 import tomllib
 
 import pytest
 from PIL import Image
 
-from tests.cli.conftest import ROOT, environment
+from tests.cli.conftest import ROOT, environment, run_script
+from tests.cli.runs import launch, launcher
 from tests.contract.conftest import losses
 
 
-def run(*command, **extra):
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.mark.parametrize(("model", "checkpoint"), [("flux", "flux1-dev.safetensors"), ("sdxl", "sd_xl_base_1.0.safetensors"),
-                                                    ("sd3", "sd3_medium.safetensors")])
+                                                   ("sd3", "sd3_medium.safetensors"), ("lumina", "lumina_2_model_bf16.safetensors")])
 def test_toy_checkpoint_and_main_job(model, checkpoint, tmp_path):
-    run(sys.executable, f"tools/make_toy_{model}.py", "--output", tmp_path / "toy", "--size", "tiny")
-    text = run(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no",
-               "--dynamo_backend", "no", f"{model}_train.py", "--config_file", f"configs/quickstart/{model}.toml", "--max_train_steps", 2,
-               "--lr_warmup_steps", 0, "--sample_every_n_steps", 2, "--output_dir", tmp_path, "--logging_dir", tmp_path / "logs",
-               "--pretrained_model_name_or_path", tmp_path / "toy" / checkpoint)
-    assert "12 pictures" in text and "Traceback" not in text
+    """One of them under the launcher that the quickstart uses."""
+    made = run_script("--output", tmp_path / "toy", "--size", "tiny", script=f"tools/make_toy_{model}.py")
+    assert made.status == 0, made.text
+    flags = ["--config_file", f"configs/quickstart/{model}.toml", "--max_train_steps", 2, "--lr_warmup_steps", 0, "--sample_every_n_steps", 2,
+             "--output_dir", tmp_path, "--logging_dir", tmp_path / "logs", "--pretrained_model_name_or_path", tmp_path / "toy" / checkpoint]
+    done = launch(launcher("no"), *flags) if model == "flux" else run_script(*flags, "--mixed_precision", "no", script=f"{model}_train.py")
+    assert done.status == 0 and "12 pictures" in done.text and "Traceback" not in done.text, done.text
     assert len(losses(tmp_path, "quickstart")) == 2
     for name in ("quickstart.safetensors", "quickstart_config.toml", "quickstart_loss.png"):  # what quickstart.sh says is there
         assert (tmp_path / name).stat().st_size > 0
@@ -61,4 +56,4 @@ def test_an_unknown_model_is_told_before_anything_is_made():
 def test_shell_scripts_parse(script):
     if shutil.which("bash") is None:
         pytest.skip("no bash here")
-    run("bash", "-n", script)
+    assert subprocess.run(["bash", "-n", script], cwd=ROOT).returncode == 0

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.cli.conftest import with_flag
-from tests.cli.runs import checkpoints, column, header, launch, launcher, run_all
+from tests.cli.conftest import run_all, with_flag
+from tests.cli.runs import checkpoints, column, header, launch, launcher
 from tests.contract.conftest import dataset_file, losses, make_pictures
 from tests.tiny import make_flux_files
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.conftest import run_script, with_flag
-from tests.cli.runs import header, run_all
+from tests.cli.conftest import run_all, run_script, with_flag
+from tests.cli.runs import header
 from tests.contract.conftest import losses
 from tests.tiny_sd3 import DEPTH, MMDIT, make_sd3_files
 from tests.tiny_sdxl import make_sdxl_files

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.conftest import ROOT, environment, run_script, with_flag
-from tests.cli.runs import header, run_all
+from tests.cli.conftest import ROOT, environment, run_all, run_script, with_flag
+from tests.cli.runs import header
 from tests.contract.conftest import dataset_file, losses, make_pictures
 from tests.tiny import make_flux_files
 from tests.tiny_sdxl import UNET, make_sdxl_files

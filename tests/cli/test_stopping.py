@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.conftest import ROOT, run_script, with_flag
-from tests.cli.runs import SCRIPT, checkpoints, header, launcher, rows, run_all, running
+from library.checkpoint.train_state import open_state
+from library.interrupt import STOPPED_STATUS
+from tests.cli.conftest import ROOT, run_all, run_script, with_flag
+from tests.cli.runs import SCRIPT, checkpoints, header, launcher, rows, running
 
 PLAIN = [sys.executable, str(ROOT / SCRIPT)]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
@@ -43,8 +45,8 @@ def told_once(text: str, words: str) -> str:
 
 
 @posix
-@pytest.mark.parametrize(("name", "workers"), [("SIGINT", 0), ("SIGTERM", 2)])
-def test_a_signal_saves_the_last_step_and_ends_with_0(endless, files, tmp_path, name, workers):
+@pytest.mark.parametrize(("name", "workers"), [("SIGINT", 0), ("SIGTERM", 0), ("SIGUSR1", 2)])
+def test_a_signal_saves_the_last_step_and_ends_with_75(endless, files, tmp_path, name, workers):
     """The processes that read pictures get it too when it goes to the whole group."""
     out = tmp_path / "out"
     if workers:
@@ -52,7 +54,7 @@ def test_a_signal_saves_the_last_step_and_ends_with_0(endless, files, tmp_path, 
     with running([*PLAIN, *endless], tmp_path / "log") as run:
         run.until(lambda: len(rows(out)) >= 3)
         os.killpg(run.process.pid, getattr(signal, name))
-        assert run.end() == 0, run.text
+        assert run.end() == STOPPED_STATUS == 75, run.text
         text = run.text
     last = len(rows(out))
     assert checkpoints(out) == [f"last-step{last:08d}.safetensors"]
@@ -61,6 +63,8 @@ def test_a_signal_saves_the_last_step_and_ends_with_0(endless, files, tmp_path, 
     line = told_once(text, "stopped by")
     assert f"{name} after step {last} of" in line and checkpoints(out)[0] in line
     assert told_once(text, "finishing this step").startswith(name)
+    assert f"go on after step {last} with the same command and --resume latest" in text
+    assert open_state(out / f"last-step{last:08d}-state").facts.step == last
     assert "Traceback" not in text and not leftovers(tmp_path)
     assert (out / "last_loss.png").stat().st_size > 1000
 

@@ -48,10 +48,10 @@ def dataset_file(path: Path, pictures: Path, **keys) -> Path:
     return path
 
 
-def losses(folder: Path, name: str = "last") -> list[float]:
-    """The loss of every step of a run, from its CSV."""
+def losses(folder: Path, name: str = "last", column: str = "loss") -> list[float]:
+    """The loss of every step of a run, from its CSV; of another ``column`` the values of the steps that have one."""
     with (folder / f"{name}_log.csv").open(encoding="utf-8", newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
+        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
 @pytest.fixture

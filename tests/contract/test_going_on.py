@@ -28,13 +28,11 @@ def data(tmp_path_factory):
 def test_stopped_and_going_on_is_never_stopped(case, train, data, tmp_path, mode):
     if case.variant and mode != "streamed":
         pytest.skip("the architecture's first case goes through all of them")
-    flags = (*MODES[mode], "--cache_latents", "--cache_text_encoder_outputs", "--max_train_steps", str(STEPS),
-             "--save_state_every_n_steps", "1", "--save_last_n_steps_state", "100")
-    whole = train(tmp_path / "whole", data, *flags)
+    flags = (*MODES[mode], "--cache_latents", "--cache_text_encoder_outputs", "--max_train_steps", str(STEPS))
+    whole = train(tmp_path / "whole", data, *flags, "--save_state_every_n_steps", "1", "--save_last_n_steps_state", "100")
     states = {path.name: path for path in whole.glob("*-state")}
     for step in (3, 4):
         out = tmp_path / f"from{step}"
-        (out / "states").mkdir(parents=True)
         train(out, data, *flags, "--resume", str(states[f"last-step{step:08d}-state"]))
         assert losses(out) == losses(whole)[step:], (mode, step)
         for name in ("last.safetensors", *(["last-ema.safetensors"] if "--ema_decay" in flags else [])):

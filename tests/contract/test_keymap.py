@@ -237,8 +237,9 @@ def test_mmdit_shapes_equal_diffusers_converter(name):
     """The published file's names and true shapes, on meta, through the converter."""
     original = {key: torch.empty(shape, device="meta") for key, shape in layout(f"{name}-mmdit").items()}
     theirs = convert_sd3_transformer_checkpoint_to_diffusers(dict(original))
-    factory, keymap = FULL[f"{name}-mmdit"]
-    mine = dict(pair for key, tensor in original.items() for pair in keymap.bind(full_size(f"{name}-mmdit")).to_module(key, tensor))
+    _, keymap = FULL[f"{name}-mmdit"]
+    bound = keymap.bind(full_size(f"{name}-mmdit"))
+    mine = dict(pair for key, tensor in original.items() for pair in bound.to_module(key, tensor))
     assert shapes_of(mine) == shapes_of(theirs) == full_size(f"{name}-mmdit")
 
 

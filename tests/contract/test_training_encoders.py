@@ -62,8 +62,7 @@ def test_previews_show_the_encoders_as_they_are_and_change_nothing(case, train, 
 def test_held_out_pictures_are_measured_with_the_encoders_as_they_are(case, train, tmp_path):
     data = dataset_file(tmp_path / "data.toml", make_pictures(tmp_path / "pictures", 5), validation_split=0.4)
     train(tmp_path / "out", data, *STEPS, *case.encoders, "--validate_every_n_steps", "2")
-    measured = [float(line.split(",")[-1]) for line in (tmp_path / "out" / "last_log.csv").read_text().splitlines()[1:]
-                if line.split(",")[-1]]
+    measured = losses(tmp_path / "out", column="validation_loss")
     assert len(measured) == 2 and measured[0] != measured[1]
 
 

@@ -8,13 +8,15 @@ ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "library"
 # Layers from the bottom up. A module may import its own layer and those below it.
 LAYERS = [
-    ["errors", "atomic", "file_lock", "toml_lines", "config"],
+    ["errors", "out_of_memory", "atomic", "file_lock", "toml_lines", "config"],
     ["checkpoint", "log", "dist"],
     ["data", "memory", "optim", "objectives"],
     ["prompts", "contact_sheet", "plots", "interrupt", "architectures", "methods", "preview", "saving", "background",
-     "writing", "state_saving", "resume", "resume_rules", "ema", "report"],
+     "writing", "state_saving", "resume", "resume_rules", "ema", "report", "nan_policy",
+     "state_writing"],
     ["step"],
-    ["trackers", "upload", "measures", "run_metadata", "encode", "loop", "validation", "build", "states", "outputs", "planning", "run"],
+    ["trackers", "upload", "measures", "run_metadata", "encode", "loop", "validation", "build", "states", "outputs", "ending",
+     "planning", "run"],
     ["app"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -5,7 +5,7 @@ import torch
 
 from library.log import CSV_FIELDS
 from library.loop import StepReport
-from library.measures import NAMES, PEAKS, Measures, for_trackers, known_peak, peak_flops
+from library.measures import NAMES, PEAKS, HeldOut, Measures, for_trackers, known_peak, peak_flops
 from library.optim.updater import UpdateInfo
 
 
@@ -52,3 +52,17 @@ def test_no_peak_is_hidden_by_an_earlier_one():
 def test_a_cpu_has_no_known_peak():
     assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
     assert math.isfinite(known_peak("NVIDIA H100 80GB HBM3"))
+
+
+def test_a_word_when_the_loss_on_held_out_pictures_turns():
+    """Once for each lowest value, and not again by a run that goes on from there."""
+    course = HeldOut()
+    told = {step: course.add(step, loss) for step, loss in enumerate([1.0, 0.8, 0.83, 0.84, 0.81, 0.83, 0.84, 0.85, 0.9, 0.7, 0.75, 0.75, 0.75], 1)}
+    assert [step for step, words in told.items() if words] == [8, 13]
+    assert "lowest after step 2 (0.80000) and is 0.85000 now" in told[8] and "lowest after step 10" in told[13]
+    assert HeldOut(course.points).add(14, 0.76) is None and HeldOut(course.points[:7]).add(8, 0.85)
+
+
+def test_names_of_held_out_losses_in_trackers():
+    assert for_trackers({"validation_loss": 1, "validation_loss_ema": 2, "validation_loss/dataset 2": 3}) == {
+        "loss/validation": 1, "loss/validation_ema": 2, "loss/validation/dataset 2": 3}

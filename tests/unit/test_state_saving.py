@@ -13,8 +13,9 @@ from tests.unit.state_helpers import facts
 
 def run(folder, states: dict, saving: dict, steps=12, per_epoch=4, write=None):
     """The names of the states that stand after each step of a run."""
-    def put(path, step, epoch):
+    def put(path, step, epoch, then, at_once=False):
         save(path, facts(step, epoch=epoch, serial=step), {"a": torch.zeros(2)}, {})
+        then()
     saver = StateSaver(folder, "run", StateOptions(**states), SavingOptions(**saving), total_epochs=-(-steps // per_epoch),
                        write=write or put)
     for step in range(1, steps + 1):
@@ -51,10 +52,11 @@ def test_what_stands_at_the_end(tmp_path, states, saving, expected):
 
 
 def test_a_failed_save_removes_nothing(tmp_path):
-    def write(path, step, epoch):
+    def write(path, step, epoch, then, at_once=False):
         if step == 6:
             raise UserError("no space left on the disk")
         save(path, facts(step, serial=step), {"a": torch.zeros(2)}, {})
+        then()
     with pytest.raises(UserError):
         run(tmp_path, {"save_state_every_n_steps": 2, "save_last_n_steps_state": 2}, {}, write=write)
     assert names(tmp_path) == ["-step00000002", "-step00000004"]
