@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -65,6 +65,7 @@ class Outputs:
         self.denoiser, self.encoders, self.encoded = denoiser, encoders, encoded
         self.modules: dict[str, nn.Module] = {DENOISER: denoiser, **encoders.modules}
         self.prompts, self.resolution = prompts, resolution
+        self.preview_batch = config.sampling.sample_batch_size  # as long as the memory is there
         self.total_steps, self.steps_per_epoch, self.validate = total_steps, steps_per_epoch, validate
         self.facts, self.uploader, self.keeping, self.reading = facts, uploader, keeping, reading
         saving = config.saving
@@ -318,7 +319,7 @@ class Outputs:
 
     def rescue(self, error: Exception) -> None:
         """Training broke off, perhaps after days, for a reason that leaves the weights good: a picture that went away, a
-        preview that did not fit the memory. Keep them. Not after a NaN: then earlier files are the better ones."""
+        batch that did not fit the memory. Keep them. Not after a NaN: then earlier files are the better ones."""
         if not self.runtime.is_main or self.done == 0 or isinstance(error, NonFinite):
             return
         try:
@@ -358,16 +359,21 @@ class Outputs:
                 now = self.arch.encode_text(self.encoders, [words]) if self.encoders.modules else {}
             return {**self.encoded.prompts[words], **now}
 
-        def draw(prompt: Prompt, _index: int):
-            return self.arch.sample(self.denoiser, vae, prompt, text(prompt.text), text(prompt.negative),
-                                    self.runtime.compute_dtype)
+        def together(texts: Sequence[str]) -> dict[str, torch.Tensor]:
+            singles = [text(words) for words in texts]  # one by one, so that they are the same in any company
+            return {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
+
+        def draw(prompts: Sequence[Prompt]):
+            return self.arch.sample(self.denoiser, vae, prompts, together([prompt.text for prompt in prompts]),
+                                    together([prompt.negative for prompt in prompts]), self.runtime.compute_dtype)
 
         try:
             with evaluating(self.modules.values()):
-                rendered = preview.render_all(self.prompts, draw, self.folder / "sample", self.name, step)
+                rendered = preview.render_all(self.prompts, draw, self.folder / "sample", self.name, step, self.preview_batch)
         finally:
             if self.encoded.train.latents is not None:
                 vae.to("cpu")  # its device memory belongs to training again
+        self.preview_batch = rendered.batch_size
         for index, picture in enumerate(rendered.images):
             self.tracker.picture(step, f"previews/{index:02d}", picture)
         log.info("previews of step %d: %s", step, rendered.sheet)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from library.atomic import atomic_file
 from library.contact_sheet import picture_name, settings_of, write_contact_sheet
 from library.errors import UserError
-from library.prompts import Prompt, with_seeds
+from library.log import log
+from library.prompts import Prompt, batches, with_seeds
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,34 +36,66 @@ def due(step: int, epoch: int, epoch_ended: bool, *, every_n_steps: int | None =
 
 @dataclass(frozen=True)
 class Rendered:
-    """What one round of previews wrote: a PNG per prompt, in their order, and the contact sheet of the run so far."""
+    """What one round of previews wrote: a PNG per prompt, in their order, and the contact sheet of the run so far.
+    ``batch_size``: how many were drawn together; 1 when there was no memory for as many as asked for."""
 
     images: tuple[Path, ...]
     sheet: Path
+    batch_size: int
 
 
-def render_all(prompts: Sequence[Prompt], sample: Callable[[Prompt, int], Image.Image], folder: Path, name: str | None,
-               step: int) -> Rendered:
+Sample = Callable[[Sequence[Prompt]], "Sequence[Image.Image]"]
+
+
+def render_all(prompts: Sequence[Prompt], sample: Sample, folder: Path, name: str | None, step: int,
+               batch_size: int = 1) -> Rendered:
     """Render every prompt as ``folder/{name}_{step}_{index}_{seed}.png``, then redraw ``folder/{name}_contact_sheet.png``.
 
-    ``sample(prompt, index)`` returns the picture of one prompt; ``prompt.seed`` is always set there, ``index`` is the
-    prompt's position. It runs without gradients, and the random state of torch (CPU and CUDA), numpy and ``random`` is
-    the same afterwards as before, so that previews leave the training as it would be without them. Switching a module
-    between training and evaluation is the caller's part. Errors of ``sample`` pass through; UserError when the disk
-    is full or the folder not writable.
+    ``sample(prompts)`` returns the pictures of up to ``batch_size`` prompts that can be drawn together (``prompts.batches``);
+    their seeds are always set there. It runs without gradients, and the random state of torch (CPU and CUDA), numpy and
+    ``random`` is the same afterwards as before, so that previews leave the training as it would be without them. Switching a
+    module between training and evaluation is the caller's part. When the device's memory runs out, the rest is drawn one by
+    one. Errors of ``sample`` pass through; UserError when one picture does not fit the memory, the disk is full or the folder
+    not writable.
     """
     import torch
 
     if Path(folder).exists() and not Path(folder).is_dir():
         raise UserError(f"{folder} is a file, and previews need a folder of that name",
                         remedy="move it away, or choose another --output_dir")
-    prompts, images = with_seeds(prompts), []
+    prompts = with_seeds(prompts)
+    images = [Path(folder) / picture_name(name, step, index, prompt.seed) for index, prompt in enumerate(prompts)]
     with preserved_random_state(), torch.no_grad():
-        for index, prompt in enumerate(prompts):
-            path = Path(folder) / picture_name(name, step, index, prompt.seed)
-            save_picture(sample(prompt, index), path, {**settings_of(prompt), "step": str(step)})
-            images.append(path)
-    return Rendered(tuple(images), write_contact_sheet(folder, name, prompts, step))
+        waiting = batches(prompts, batch_size)
+        while waiting:
+            batch = waiting.pop(0)
+            drawn = _drawn([prompts[index] for index in batch], sample)
+            if drawn is None:
+                log.warning("no memory to draw %d previews together: they are drawn one by one from now on", len(batch))
+                waiting, batch_size = sorted([index] for group in (batch, *waiting) for index in group), 1
+                continue
+            for index, picture in zip(batch, drawn, strict=True):
+                save_picture(picture, images[index], {**settings_of(prompts[index]), "step": str(step)})
+    return Rendered(tuple(images), write_contact_sheet(folder, name, prompts, step), batch_size)
+
+
+def _drawn(prompts: Sequence[Prompt], sample: Sample) -> Sequence[Image.Image] | None:
+    """Their pictures; None when there is no memory to draw them together. UserError when there is none for one."""
+    import torch
+
+    try:
+        return sample(prompts)
+    except torch.OutOfMemoryError as error:
+        short = str(error).splitlines()[0]
+    # The error is gone by now, and with it what its frames held of the device's memory.
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if len(prompts) > 1:
+        return None
+    (prompt,) = prompts
+    raise UserError(f"a preview of {prompt.width} x {prompt.height} pixels does not fit the memory of the device ({short})",
+                    place=prompt.place, remedy="give the prompt a smaller --w and --h, free memory (--blocks_to_swap, "
+                                               "--optimizer_type AdamW8bit), or leave out --sample_prompts")
 
 
 def save_picture(image: Image.Image, path: Path, texts: dict[str, str]) -> None:

@@ -139,6 +139,19 @@ def with_seeds(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
                  for index, prompt in enumerate(prompts))
 
 
+def batches(prompts: Sequence[Prompt], most: int) -> list[list[int]]:
+    """Positions of prompts that can be drawn together, up to ``most`` in each batch, in the order of the first of each.
+
+    They differ in nothing but their texts and seeds: equal size, steps, sampler, guidance, and so both passes of
+    classifier-free guidance or one.
+    """
+    alike: dict[Prompt, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        alike.setdefault(replace(prompt, text="", negative="", seed=None, place=""), []).append(index)
+    found = [group[start:start + most] for group in alike.values() for start in range(0, len(group), most)]
+    return sorted(found)
+
+
 class _Builder:
     """Turns options and their values into prompts; gathers mistakes and notes on the way."""
 

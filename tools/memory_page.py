@@ -81,7 +81,8 @@ When a run is out of memory all the same, the error names the one flag that give
 
 NOT_COUNTED = """## What is not counted
 
-- Preview pictures and validation need no gradients, so less than a step; drawing them also needs the autoencoder.
+- Preview pictures and validation need no gradients, so less than a step; drawing them also needs the autoencoder, and
+  `--sample_batch_size` several pictures' room.
 - Text encoders that train (`--train_text_encoder`). The plan says so.
 - The moment when weights are read: main memory then holds one 16 MiB buffer more than the model.
 - Convolutions for which cuDNN takes large buffers of its own, and the allocator's gaps beyond an estimate of 3 %.

@@ -24,7 +24,7 @@ _NONE = """config_file console_log_file pretrained_model_name_or_path dataset_co
 text_encoder_batch_size max_train_epochs output_dir save_precision save_every_n_steps save_every_n_epochs save_n_epoch_ratio
 save_last_n_epochs save_last_n_steps metadata_title metadata_author metadata_description metadata_license metadata_tags
 metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase sample_prompts sample_every_n_steps
-sample_every_n_epochs logging_dir log_with log_tracker_config wandb_run_name wandb_api_key
+sample_batch_size sample_every_n_epochs logging_dir log_with log_tracker_config wandb_run_name wandb_api_key
 blocks_to_swap
 seed output_name save_model_as train_data_dir reg_data_dir in_json dataset_class conditioning_data_dir caption_extention
 caption_prefix caption_suffix secondary_separator face_crop_aug_range resize_interpolation validation_seed validate_every_n_steps
@@ -116,6 +116,7 @@ REASONS: dict[str, str] = {
     "timestep_sampling": "with `shift` the noise levels that decide the composition get most of the training; the usual recipe",
     "model_prediction_type": "`sigma_scaled` compares an estimate of the picture with a velocity; `raw` compares like with like",
     "discrete_flow_shift": "exp(1.15), the shift of FLUX's own schedule at 1024 x 1024",
+    "sample_batch_size": "one at a time takes the least memory; a flag of every script here, in the dialect of Lumina's alone",
     "guidance_scale": "a distilled model is best fine-tuned without guidance; 3.5 belongs to sampling",
     "max_bucket_reso": "1024 takes area away from every bucket that is not square at resolution 1024",
     "min_bucket_reso": "the same, except where 256 would be more than half the shorter side of a small resolution",
@@ -234,7 +235,8 @@ BEHAVIOUR = """## Behaviour that differs
   none (below `--train_data_dir`: its folder of the same name, where there is one).
 - **`--cache_info`** keeps an index that notices changes, in place of `metadata_cache.json`, which does not.
 - **Previews**: an unknown option in a prompt file is an error; text is never taken for an option; a prompt without `--d` gets
-  a fixed seed.
+  a fixed seed. With `--sample_batch_size` only prompts that agree in size, steps, sampler and guidance are drawn together, each
+  from its own seed, and the pictures are the same.
 - **A NaN or infinite loss** stops the run before the weights take it, with the step and the pictures.
 - **Caches** are found by content (picture, mask, caption, encoder, settings), so there is nothing to delete after an edit.
   They lie in large files with checksums, in half the dialect's precision and a fraction of its size. Latents in `*.npz` files

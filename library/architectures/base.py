@@ -156,9 +156,13 @@ class Architecture(Protocol):
         """What trains, named, with gradients switched on for it and off for all else. ``encoders`` holds those of
         ``encoder_rates``; names of their parameters begin with ``{name}.``."""
 
-    def sample(self, denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
-               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> Image.Image:
-        """One preview picture from encoded text (batch of one), with matrix products in ``compute_dtype``."""
+    def sample(self, denoiser: nn.Module, vae: nn.Module, prompts: Sequence[Prompt], positive: Mapping[str, torch.Tensor],
+               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> list[Image.Image]:
+        """A preview picture of each prompt, drawn together, with matrix products in ``compute_dtype``.
+
+        ``positive`` and ``negative``: their encoded text, (B, ...) of B prompts. ``prompts``, which have seeds, differ in nothing
+        but texts and seed (``prompts.batches``), and no picture depends on the others but for the rounding of matrix products.
+        """
 
     def export(self, modules: Mapping[str, nn.Module], path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str],
                save_format: str) -> None:

@@ -141,9 +141,9 @@ class Flux:
         denoiser.requires_grad_(True)
         return [Group(DENOISER, tuple(denoiser.named_parameters()), learning_rate)]
 
-    def sample(self, denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
-               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> Image.Image:
-        return sample(denoiser, vae, prompt, positive, negative, compute_dtype, self.file.variant == "schnell",
+    def sample(self, denoiser: nn.Module, vae: nn.Module, prompts: Sequence[Prompt], positive: Mapping[str, torch.Tensor],
+               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> list[Image.Image]:
+        return sample(denoiser, vae, prompts, positive, negative, compute_dtype, self.file.variant == "schnell",
                       self.options.apply_t5_attn_mask)
 
     def export(self, modules: Mapping[str, nn.Module], path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str],

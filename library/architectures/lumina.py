@@ -129,9 +129,9 @@ class Lumina:
             parameter.requires_grad_(True)
         return [Group(DENOISER, trained, learning_rate)]
 
-    def sample(self, denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
-               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> Image.Image:
-        return sample(denoiser, vae, prompt, positive, negative, compute_dtype, self.file.family, self.latent)
+    def sample(self, denoiser: nn.Module, vae: nn.Module, prompts: Sequence[Prompt], positive: Mapping[str, torch.Tensor],
+               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> list[Image.Image]:
+        return sample(denoiser, vae, prompts, positive, negative, compute_dtype, self.file.family, self.latent)
 
     def export(self, modules: Mapping[str, nn.Module], path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str],
                save_format: str) -> None:

@@ -27,7 +27,6 @@ DEFAULTS: dict[str, object] = {
 _DIALECT: tuple[Record, ...] = (
     *records(INERT, "tokenizer_cache_dir=", "the tokenizer is found beside the model; --gemma2_tokenizer names another"),
     *records(INERT, "max_token_length=", "the length of prompts is --gemma2_max_token_length", neutral=(75, 150, 225)),
-    *records(INERT, "sample_batch_size=", "previews are drawn one at a time; the pictures are the same"),
 )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from library.architectures.gemma import encode
 from library.architectures.lumina_parts import TOKENIZER
 from library.data.tokens import TokenCount, TokenMeter
+from library.errors import UserError
 
 NAME = "gemma"
 TRIM = {NAME: f"{NAME}_mask"}  # the transformers never read padding
@@ -30,10 +31,14 @@ def encode_text(encoder: nn.Module, tokenizer: Any, captions: Sequence[str], len
 
 
 def token_meter(tokenizer: Any, length: int, system_prompt: str) -> TokenMeter:
-    """Counts with the instruction, which takes its share of ``length`` tokens."""
+    """Counts with the instruction, which takes its share of ``length`` tokens. Counting is a UserError when it takes all."""
     def count(texts: Sequence[str]) -> list[list[TokenCount]]:
         if not texts:
             return []
+        said = f"{system_prompt}{MARKER}".rstrip()  # the last space goes into the caption's first token
+        if system_prompt and (taken := len(tokenizer(said, verbose=False)["input_ids"])) >= length:
+            raise UserError(f"the instruction takes {taken} tokens of the {length} that Gemma reads: no caption would be read",
+                            place="--system_prompt", remedy=f"shorten it, or give --gemma2_max_token_length more than {taken}")
         whole = instructed(texts, system_prompt)
         encoded = tokenizer(whole, verbose=False, return_offsets_mapping=True)
         rows = zip(whole, encoded["input_ids"], encoded["offset_mapping"], strict=True)

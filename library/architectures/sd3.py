@@ -158,9 +158,9 @@ class Sd3:
                 parameter.requires_grad_(True)
         return found
 
-    def sample(self, denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
-               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> Image.Image:
-        return sample(denoiser, vae, prompt, positive, negative, compute_dtype, self.options.t5xxl_max_token_length)
+    def sample(self, denoiser: nn.Module, vae: nn.Module, prompts: Sequence[Prompt], positive: Mapping[str, torch.Tensor],
+               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> list[Image.Image]:
+        return sample(denoiser, vae, prompts, positive, negative, compute_dtype, self.options.t5xxl_max_token_length)
 
     @property
     def _inside(self) -> tuple[str, ...]:

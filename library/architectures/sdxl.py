@@ -166,9 +166,9 @@ class Sdxl:
                 parameter.requires_grad_(True)
         return found
 
-    def sample(self, denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
-               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> Image.Image:
-        return sample(denoiser, vae, prompt, positive, negative, compute_dtype, self.objective_options.v_parameterization,
+    def sample(self, denoiser: nn.Module, vae: nn.Module, prompts: Sequence[Prompt], positive: Mapping[str, torch.Tensor],
+               negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> list[Image.Image]:
+        return sample(denoiser, vae, prompts, positive, negative, compute_dtype, self.objective_options.v_parameterization,
                       self.objective_options.zero_terminal_snr)
 
     def export(self, modules: Mapping[str, nn.Module], path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str],

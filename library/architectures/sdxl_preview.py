@@ -1,18 +1,18 @@
-"""One preview picture from the live parts, drawn by diffusers' StableDiffusionXLPipeline with the samplers of the dialect."""
+"""Preview pictures from the live parts, drawn by diffusers' StableDiffusionXLPipeline with the samplers of the dialect."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
+from library.architectures.drawing import generators, to_pictures
 from library.architectures.sdxl_text import side_by_side
-from library.architectures.vae import decode_image, to_picture
 from library.errors import UserError
 from library.prompts import Prompt
 
@@ -53,16 +53,17 @@ def scheduler(name: str, velocity: bool, zero_terminal_snr: bool) -> Any:
 
 
 @torch.no_grad()
-def sample(denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mapping[str, torch.Tensor],
+def sample(denoiser: nn.Module, vae: nn.Module, prompts: Sequence[Prompt], positive: Mapping[str, torch.Tensor],
            negative: Mapping[str, torch.Tensor], compute_dtype: torch.dtype, velocity: bool,
-           zero_terminal_snr: bool) -> Image.Image:
-    """Draw ``prompt`` (its seed must be set) with its sampler. ``positive`` and ``negative``: see ``sdxl_text.encode_text``.
+           zero_terminal_snr: bool) -> list[Image.Image]:
+    """Draw ``prompts`` together (see ``base.py``) with their sampler. ``positive``, ``negative``: see ``sdxl_text.encode_text``.
 
-    ``negative`` acts when ``prompt.cfg`` is above 1. Latents stay float32 between steps whatever the weights' dtype.
+    ``negative`` acts when their ``cfg`` is above 1. Latents stay float32 between steps whatever the weights' dtype.
     """
     # Pipelines take seconds to import, and not every run draws.
     from diffusers import StableDiffusionXLPipeline
 
+    prompt = prompts[0]  # they agree in everything that is asked of it here
     pipeline = StableDiffusionXLPipeline(
         vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=denoiser,
         scheduler=scheduler(prompt.sampler, velocity, zero_terminal_snr), force_zeros_for_empty_prompt=False,
@@ -85,7 +86,7 @@ def sample(denoiser: nn.Module, vae: nn.Module, prompt: Prompt, positive: Mappin
             height=prompt.height,
             width=prompt.width,
             num_inference_steps=prompt.steps,
-            generator=torch.Generator("cpu").manual_seed(prompt.seed),
+            generator=generators(prompts),
             output_type="latent",
-        ).images  # (1, 4, h, w)
-    return to_picture(decode_image(vae, latents)[0])
+        ).images  # (B, 4, h, w)
+    return to_pictures(vae, latents)

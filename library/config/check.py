@@ -301,6 +301,8 @@ def remarks(config: Config) -> tuple[str, ...]:
     if config.sampling.sample_prompts is not None and not config.sampling.scheduled:
         found.append(f"{config.place('sample_prompts')} has no effect: none of --sample_every_n_steps, --sample_every_n_epochs "
                      "and --sample_at_first is given")
+    if config.sampling.sample_prompts is None and config.sampling.sample_batch_size > 1:
+        found.append(f"{config.place('sample_batch_size')} has no effect: there is no --sample_prompts")
     if config.sampling.sample_every_n_steps and config.sampling.sample_every_n_epochs:
         found.append(f"{config.place('sample_every_n_epochs')} overrules sample_every_n_steps, as in the dialect")
     if config.dataset.caption_extention:

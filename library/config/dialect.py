@@ -112,7 +112,7 @@ def _elsewhere() -> Iterator[Record]:
     yield from records(ELSEWHERE, "clip_g= gemma2= gemma2_max_token_length= system_prompt= apply_lg_attn_mask "
                        "clip_l_dropout_rate= clip_g_dropout_rate= t5_dropout_rate= pos_emb_random_crop_rate= "
                        "enable_scaled_pos_embed save_clip save_t5xxl t5xxl_device= t5xxl_dtype= use_t5xxl_cache_only "
-                       "no_half_vae sample_batch_size= controlnet_model_name_or_path=", *other,
+                       "no_half_vae controlnet_model_name_or_path=", *other,
                        neutral=(0,))
     yield from records(ELSEWHERE, "ae= clip_l= t5xxl= t5xxl_max_token_length= apply_t5_attn_mask guidance_scale= model_type= "
                        "double_blocks_to_swap= single_blocks_to_swap=", *other, neutral=(0,))

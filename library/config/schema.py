@@ -185,6 +185,8 @@ class SamplingOptions:
     sample_every_n_steps: int | None = flag(None, "draw them after every N steps", minimum=0, off="0")
     sample_every_n_epochs: int | None = flag(None, "draw them after every N epochs", minimum=0, off="0")
     sample_at_first: bool = flag(False, "draw them before training as well")
+    sample_batch_size: int = flag(1, "draw up to N of them together, if they agree in size, steps and guidance", metavar="N",
+                                  minimum=1)
 
     @property
     def scheduled(self) -> bool:

@@ -80,13 +80,13 @@ def test_the_same_seed_repeats_a_run_and_another_does_not(case, first, train, da
 
 def test_previews_leave_the_losses_alone(case, train, data, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red box --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
+    prompts.write_text("a red box --w 64 --h 64 --s 2 --d 1\na box --w 64 --h 64 --s 2 --d 2\n", encoding="utf-8")
     plain = losses(train(tmp_path / "plain", data, *STEPS, *CACHED))
     drawn = losses(train(tmp_path / "drawn", data, *STEPS, *CACHED, "--sample_prompts", str(prompts),
-                         "--sample_every_n_steps", "2", "--sample_at_first"))
+                         "--sample_every_n_steps", "2", "--sample_at_first", "--sample_batch_size", "2"))
     assert drawn == plain
     pictures = sorted(path.name for path in (tmp_path / "drawn" / "sample").glob("*.png"))
-    assert len(pictures) == 5, pictures  # steps 0, 2, 4, 6 and the contact sheet
+    assert len(pictures) == 2 * 4 + 1, pictures  # of steps 0, 2, 4, 6, and the contact sheet
 
 
 def test_previews_that_cannot_be_written_do_not_end_the_training(case, first, train, data, tmp_path):

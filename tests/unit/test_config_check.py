@@ -197,6 +197,9 @@ def test_remarks():
     assert len(config.notes) == 2
     assert config.notes[0].startswith("--max_train_epochs 2 overrules max_train_steps")
     assert config.notes[1].startswith("--sample_prompts has no effect")
+    alone = parse(ENTRY, [*REQUIRED, "--sample_batch_size", "4"], {})
+    check(alone)
+    assert alone.notes == ("--sample_batch_size has no effect: there is no --sample_prompts",)
 
 
 def test_a_hub_id_is_left_to_the_search_for_files():

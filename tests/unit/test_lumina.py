@@ -106,9 +106,15 @@ def test_system_prompt_stands_before_every_caption_but_the_empty_one(image_2):
     assert plain.text_identity(("gemma",), F32) != told.text_identity(("gemma",), F32)
     ours, by_hand = encoded(told, ["a cat", ""]), encoded(plain, ["the picture <Prompt Start> a cat", ""])
     assert torch.equal(ours["gemma"], by_hand["gemma"]) and torch.equal(ours["gemma_mask"], by_hand["gemma_mask"])
-    meter = open_token_meter(ModelOptions(str(image_2.checkpoint)), LuminaOptions(system_prompt=said, gemma2_max_token_length=20))
+    meter = open_token_meter(ModelOptions(str(image_2.checkpoint)), LuminaOptions(system_prompt=said, gemma2_max_token_length=22))
     (count,), (empty,) = meter(["a cat and dog", ""])
     assert count.tokens == 24 and count.lost and "a cat and dog".endswith(count.lost) and empty.tokens == 1
+
+
+def test_a_system_prompt_that_leaves_no_room_for_captions_is_refused(image_2):
+    path, options = ModelOptions(str(image_2.checkpoint)), LuminaOptions(system_prompt="the picture", gemma2_max_token_length=8)
+    with pytest.raises(UserError, match=r"--system_prompt: the instruction takes (\d+) tokens of the 8 that Gemma reads: .* more than \1$"):
+        open_token_meter(path, options)(["a cat"])
 
 
 def test_words_beyond_the_encoder_are_refused(files, tmp_path):
@@ -309,7 +315,7 @@ def test_metadata_names_the_family(image_2, next_files):
 
 def drawn(arch, denoiser, vae, text, **prompt):
     settings = {"width": 96, "height": 64, "seed": 1, "steps": 4, "cfg": 1.0, **prompt}
-    return arch.sample(denoiser, vae, Prompt("a", **settings), text["a"], text["b"], F32)
+    return arch.sample(denoiser, vae, [Prompt("a", **settings)], text["a"], text["b"], F32)[0]
 
 
 def test_previews_have_size_seed_and_guidance(files):
@@ -320,8 +326,8 @@ def test_previews_have_size_seed_and_guidance(files):
     assert first.size == (96, 64) and first.tobytes() == drawn(arch, denoiser, vae, text).tobytes()
     assert first.tobytes() != drawn(arch, denoiser, vae, text, seed=2).tobytes()
     assert first.tobytes() != drawn(arch, denoiser, vae, text, cfg=4.0).tobytes()
-    half = arch.sample(denoiser, vae, Prompt("a", width=96, height=64, seed=1, steps=4), text["a"], text["b"], torch.bfloat16)
-    assert half.size == (96, 64)
+    half = arch.sample(denoiser, vae, [Prompt("a", width=96, height=64, seed=1, steps=4)], text["a"], text["b"], torch.bfloat16)
+    assert half[0].size == (96, 64)
 
 
 def test_a_model_that_knows_the_way_draws_the_picture(image_2, monkeypatch):
@@ -335,7 +341,7 @@ def test_a_model_that_knows_the_way_draws_the_picture(image_2, monkeypatch):
         return (x_t - target) / level.view(-1, 1, 1, 1)
 
     monkeypatch.setattr(lumina_preview, "predict", straight)
-    monkeypatch.setattr(lumina_preview, "decode_image", lambda _vae, latents: ends.append(latents) or torch.zeros(1, 3, 64, 64))
+    monkeypatch.setattr(lumina_preview, "to_pictures", lambda _vae, latents: ends.append(latents) or [None])
     text = {"a": encoded(arch, ["a"]), "b": encoded(arch, [""])}
     for cfg in (1.0, 3.0):
         drawn(arch, torch.nn.Linear(1, 1), None, text, width=64, cfg=cfg)
@@ -388,8 +394,7 @@ def test_flags(image_2):
     given = flags(image_2.checkpoint, "--timestep_sampling", "nextdit_shift", "--gemma2", str(image_2.gemma), "--ae",
                   str(image_2.ae), "--gemma2_max_token_length", "128", "--system_prompt", "You draw.")
     assert given.architecture.system_prompt == "You draw." and given.objective.timestep_sampling == "nextdit_shift"
-    (note,) = flags(image_2.checkpoint, "--sample_batch_size", "2").notes
-    assert "previews are drawn one at a time" in note
+    assert flags(image_2.checkpoint, "--sample_batch_size", "2").sampling.sample_batch_size == 2
 
 
 def test_refused_flags(image_2):

@@ -226,7 +226,7 @@ def test_previews(checkpoint, options):
 
     def draw_one(cfg, negative=text[1]):
         prompt = Prompt("a red cat", width=64, height=48, steps=2, cfg=cfg, seed=1)
-        return arch.sample(denoiser, vae, prompt, text[0], negative, F32)
+        return arch.sample(denoiser, vae, [prompt], text[0], negative, F32)[0]
 
     guided, plain = draw_one(5.0), draw_one(1.0)
     assert guided.size == (64, 48) and guided.tobytes() == draw_one(5.0).tobytes() != plain.tobytes()

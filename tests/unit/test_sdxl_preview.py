@@ -33,7 +33,7 @@ def drawn(tmp_path_factory):
 
     def draw(prompt=PROMPT, sampler="ddim", objective=DdpmOptions(), dtype=f32):
         adapter = open_architecture(model, SdxlOptions(), objective)
-        return adapter.sample(denoiser.to(dtype), vae, replace(prompt, sampler=sampler), positive, negative, f32)
+        return adapter.sample(denoiser.to(dtype), vae, [replace(prompt, sampler=sampler)], positive, negative, f32)[0]
 
     return draw
 
