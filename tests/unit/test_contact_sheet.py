@@ -10,7 +10,10 @@ RED, BLUE = (200, 10, 10), (10, 10, 200)
 
 
 def render(folder, prompts, step, color=RED, name="run"):
-    return render_all(prompts, lambda prompt, index: Image.new("RGB", (prompt.width, prompt.height), color), folder, name, step)
+    def sample(batch):
+        return [Image.new("RGB", (prompt.width, prompt.height), color) for prompt in batch]
+
+    return render_all(prompts, sample, folder, name, step)
 
 
 def cells(path, prompts, columns):
