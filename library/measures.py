@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -44,13 +45,19 @@ class Measures:
     """Makes the numbers of each step. ``rates(step)``: the learning rate of each group in step number ``step`` (from 1).
 
     ``step_flops(report)``: floating-point operations of a step over all devices, forward and backward, without what is
-    computed twice; ``peak``: of all devices together. Without one of them there is no ``mfu``.
+    computed twice; ``peak``: of all devices together. Without one of them there is no ``mfu``. ``mean_loss``: where a run that
+    goes on had come to.
     """
 
     def __init__(self, rates: Callable[[int], Mapping[str, float]], step_flops: Callable[[StepReport], float] | None = None,
-                 peak: float | None = None):
+                 peak: float | None = None, mean_loss: float | None = None):
         self.rates, self.step_flops, self.peak = rates, step_flops, peak
-        self.mean_loss: float | None = None
+        self.mean_loss = mean_loss
+
+    @property
+    def known_mean(self) -> float | None:
+        """The running mean, where it is a number."""
+        return self.mean_loss if self.mean_loss is not None and math.isfinite(self.mean_loss) else None
 
     def of(self, report: StepReport) -> dict[str, float]:
         """By the names of the CSV; rates of groups as ``lr/<group>``. ``mean_loss`` is a running mean over some twenty steps."""

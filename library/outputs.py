@@ -17,6 +17,7 @@ from library import preview
 from library.architectures.base import DENOISER, Architecture, TextEncoders
 from library.atomic import sweep, write_atomic
 from library.checkpoint.metadata import modelspec, thumbnail_url
+from library.checkpoint.train_state import Logged
 from library.checkpoint.verify import Damaged
 from library.checkpoint.writer import free_bytes, require_room
 from library.config.parse import Config, to_toml
@@ -35,6 +36,7 @@ from library.report.rows import keep_rows
 from library.run_metadata import Facts, Moment, fields
 from library.saving import Saver, final_name, is_full, may_pass
 from library.state_saving import StateSaver
+from library.state_upload import StateUploads
 from library.states import Keeping, averaged
 from library.step import evaluating
 from library.trackers import open_tracker, public_settings
@@ -81,8 +83,10 @@ class Outputs:
             last_n_epochs=saving.save_last_n_epochs, protected=arch.files(), suffix=suffix,
             in_use=uploader.in_use, on_saved=uploader.upload,
         )
-        self.states = StateSaver(self.folder, self.name, config.state, saving, write=keeping.write_state,
-                                 total_epochs=math.ceil(total_steps / steps_per_epoch))
+        self.state_uploads = StateUploads(uploader) if config.state.save_state_to_huggingface and main else None
+        hub = {"on_saved": self.state_uploads.upload, "in_use": self.state_uploads.in_use} if self.state_uploads else {}
+        self.states = StateSaver(self.folder, self.name, config.state, saving, write=self._write_state,
+                                 total_epochs=math.ceil(total_steps / steps_per_epoch), **hub)
         self.average_saver = self._average_saver(suffix) if keeping.ema is not None else None
         if main:
             # Better now than after a day of training.
@@ -91,9 +95,10 @@ class Outputs:
                 log.info("removed %s, left half-written by a run that was killed", path)
             write_atomic(self.folder / f"{self.name}_config.toml", to_toml(config))
         peak = peak_flops(runtime.device, runtime.compute_dtype)
-        self.measures = Measures(rates, step_flops, peak and peak * runtime.world_size)
+        self.measures = Measures(rates, step_flops, peak and peak * runtime.world_size, keeping.logged.mean_loss)
         self.step_log = self._open_log([f"lr/{name}" for name in rates(1)])
-        self.tracker = open_tracker(config.logging, public_settings(config) if config.logging.log_config else None, main)
+        self.tracker = open_tracker(config.logging, public_settings(config) if config.logging.log_config else None, main,
+                                    resumed=keeping.logged.run_ids, done=keeping.first_step)
         self.progress = Progress(total_steps, keeping.first_step, main)
         self.done = keeping.first_step
 
@@ -132,7 +137,12 @@ class Outputs:
         self.step_log.close()
         self.tracker.close()
         if kind is not KeyboardInterrupt:
+            if self.state_uploads is not None:
+                self.state_uploads.close()
             self.uploader.close()
+
+    def _write_state(self, path: Path, step: int, epoch: int) -> None:
+        self.keeping.write_state(path, step, epoch, Logged(self.tracker.run_ids, self.measures.known_mean))
 
     def before_training(self) -> None:
         """Previews of the untrained model, when asked for."""

@@ -36,6 +36,7 @@ from library.upload import Uploader
 
 if TYPE_CHECKING:
     from library.architectures.base import Architecture, ArchitectureModule
+    from library.checkpoint.train_state import Logged
     from library.data.tokens import TokenMeter
     from library.dist import Runtime
     from library.encode import Encoded
@@ -102,7 +103,7 @@ def run(entry: Entry, config: Config) -> None:
     total_steps = count_steps(config, plan.steps_per_epoch)
     training = tuple(arch.encoder_rates(optimizer.learning_rate))
     frozen = tuple(name for name in arch.text_encoders if name not in training)
-    facts = states.facts_of_run(entry, config, arch, data.specs, data.items, plan, total_steps, frozen)
+    facts = states.facts_of_run(entry, config, arch, data.specs, data.items, plan, total_steps, frozen, saved)
     if saved is not None:
         states.check(saved, facts, config)
     for line in plans.report(data.items):
@@ -125,10 +126,11 @@ def run(entry: Entry, config: Config) -> None:
     def group_rates(step: int) -> dict[str, float]:
         return {group.name: group.learning_rate * rates(step - 1, total_steps) for group in groups}
 
-    def write_state(path: Path, step: int, epoch: int) -> None:
-        states.write(path, step, epoch, facts, config.saving.output_name, task, weights, ema, engine.readable)
+    def write_state(path: Path, step: int, epoch: int, logged: Logged) -> None:
+        states.write(path, step, epoch, replace(facts, **vars(logged)), config.saving.output_name, task, weights, ema,
+                     engine.readable)
 
-    keeping = states.Keeping(write_state, task.first_step, ema,
+    keeping = states.Keeping(write_state, task.first_step, facts.logged, ema,
                              open_report(entry, config, data, plan, total_steps, group_rates) if runtime.is_main else None)
     with Outputs(config, runtime, arch, method, denoiser, encoders, encoded, data.prompts, data.resolution,
                  total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch, reading=engine.readable,

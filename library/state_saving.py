@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from library.checkpoint.state_find import SUFFIX, found_states, remove_states
 from library.config.schema import SavingOptions
 from library.config.state_options import StateOptions
 from library.saving import epoch_name, epochs_between_saves, final_name, outdated, step_name
+
+Outdated = Callable[[Iterable[str]], list[str]]  # of names of states those that are no longer kept
 
 
 class StateSaver:
@@ -18,13 +20,16 @@ class StateSaver:
     ``write`` must put a whole state in place or raise; nothing is removed then, nor before the new state was read back. With
     ``--save_state`` a state goes with every checkpoint, so the same settings say when; ``--save_state_every_n_steps`` asks for
     states of their own. As in the dialect retention counts steps for the one kind and saved epochs for the other, and where it
-    has no setting of its own that of the checkpoints holds.
+    has no setting of its own that of the checkpoints holds. ``on_saved(path, outdated)`` hears of each state, and which names are
+    no longer kept beside it; one that is ``in_use`` is removed later.
     """
 
     def __init__(self, output_dir: Path, output_name: str, options: StateOptions, saving: SavingOptions, *, total_epochs: int,
-                 write: Callable[[Path, int, int], None]):
+                 write: Callable[[Path, int, int], None], on_saved: Callable[[Path, Outdated], None] | None = None,
+                 in_use: Callable[[Path], bool] = lambda path: False):
         self.folder, self.name, self.options, self.total_epochs, self._write_state = (
             output_dir, output_name, options, total_epochs, write)
+        self._on_saved, self._in_use = on_saved, in_use
         self.every_n_steps = saving.save_every_n_steps
         self.every_n_epochs = epochs_between_saves(saving.save_every_n_epochs, saving.save_n_epoch_ratio, total_epochs)
         self.last_n_steps = options.save_last_n_steps_state or saving.save_last_n_steps
@@ -39,19 +44,15 @@ class StateSaver:
     def after_step(self, step: int, epoch: int) -> Path | None:
         if not self.due_after_step(step):
             return None
-        path = self._write(step_name(self.name, step, SUFFIX), step, epoch)
-        if self.last_n_steps:
-            self._remove(r"-step(\d{8,})", step, self.last_n_steps + 1, path)
-        return path
+        keep = self.last_n_steps + 1 if self.last_n_steps else None
+        return self._write(step_name(self.name, step, SUFFIX), step, epoch, self._rule(r"-step(\d{8,})", step, keep))
 
     def after_epoch(self, epoch: int, step: int) -> Path | None:
         """After ``epoch`` finished epochs; not after the last, which the end of training follows."""
         if not (self.options.save_state and self.every_n_epochs) or epoch % self.every_n_epochs or epoch >= self.total_epochs:
             return None
-        path = self._write(epoch_name(self.name, epoch, SUFFIX), step, epoch)
-        if self.last_n_epochs:
-            self._remove(r"-(\d{6,})", epoch, self.last_n_epochs * self.every_n_epochs, path)
-        return path
+        keep = self.last_n_epochs * self.every_n_epochs if self.last_n_epochs else None
+        return self._write(epoch_name(self.name, epoch, SUFFIX), step, epoch, self._rule(r"-(\d{6,})", epoch, keep))
 
     def final(self, step: int, epoch: int) -> Path | None:
         if not (self.options.save_state or self.options.save_state_on_train_end):
@@ -66,13 +67,17 @@ class StateSaver:
             return self.latest[1]
         return self._write(step_name(self.name, step, SUFFIX), step, epoch)
 
-    def _write(self, name: str, step: int, epoch: int) -> Path:
+    def _write(self, name: str, step: int, epoch: int, old: Outdated = lambda names: []) -> Path:
         path = self.folder / name
         self._write_state(path, step, epoch)
         self.latest = (step, path)
+        by_name = {each.name: each for each in found_states(self.folder, self.name) if each.parent == self.folder}
+        remove_states([by_name[each] for each in old(by_name) if not self._in_use(by_name[each])], path)
+        if self._on_saved is not None:
+            self._on_saved(path, old)
         return path
 
-    def _remove(self, numbered: str, current: int, keep: int, newest: Path) -> None:
-        by_name = {path.name: path for path in found_states(self.folder, self.name) if path.parent == self.folder}
+    def _rule(self, numbered: str, current: int, keep: int | None) -> Outdated:
+        """``keep`` None: all are kept."""
         pattern = re.compile(rf"{re.escape(self.name)}{numbered}{SUFFIX}")
-        remove_states([by_name[name] for name in outdated(by_name, pattern, current, keep)], newest)
+        return lambda names: outdated(names, pattern, current, keep) if keep else []

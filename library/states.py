@@ -12,8 +12,8 @@ import torch
 
 from library.architectures.base import Architecture
 from library.checkpoint import train_state
-from library.checkpoint.state_find import find_state, next_serial
-from library.checkpoint.train_state import SavedState, StateFacts
+from library.checkpoint.state_find import next_serial
+from library.checkpoint.train_state import Logged, SavedState, StateFacts
 from library.config.parse import Config, Entry, to_toml
 from library.data.items import Items
 from library.data.plan import StepPlan
@@ -24,6 +24,7 @@ from library.log import log
 from library.loop import Task
 from library.report.report import Report
 from library.resume import data_settings, identity, require_same, version_notes, versions
+from library.state_upload import find_saved
 
 
 def find(config: Config, runtime: Runtime) -> SavedState | None:
@@ -33,7 +34,7 @@ def find(config: Config, runtime: Runtime) -> SavedState | None:
     """
     if config.state.resume is None:
         return None
-    found = find_state(config.saving.output_dir, config.saving.output_name, config.state.resume) if runtime.is_main else None
+    found = find_saved(config) if runtime.is_main else None
     place = runtime.exchange(found.path if found else None)[0]
     if place is None:
         return None
@@ -47,13 +48,14 @@ def kept_stride(saved: SavedState | None, world_size: int) -> int | None:
 
 
 def facts_of_run(entry: Entry, config: Config, arch: Architecture, specs: tuple[DatasetSpec, ...], items: Items, plan: StepPlan,
-                 total_steps: int, frozen: tuple[str, ...]) -> StateFacts:
-    """What all states of this run say; ``frozen``: text encoders that do not train."""
+                 total_steps: int, frozen: tuple[str, ...], saved: SavedState | None = None) -> StateFacts:
+    """What all states of this run say; ``frozen``: text encoders that do not train; ``saved``: where it goes on."""
     f32 = torch.float32
     model = identity(entry.architecture, entry.method, arch.vae_identity(f32), arch.text_identity(frozen, f32))
     return StateFacts(step=0, epoch=0, total_steps=total_steps, stride=plan.stride, steps_per_epoch=plan.steps_per_epoch,
                       world_size=plan.world_size, model=model, data=items.digest(), config=to_toml(config),
-                      data_settings=data_settings(specs), versions=versions())
+                      data_settings=data_settings(specs), versions=versions(),
+                      **({"serial": saved.facts.serial, **vars(saved.facts.logged)} if saved is not None else {}))
 
 
 def check(saved: SavedState, facts: StateFacts, config: Config) -> None:
@@ -82,8 +84,8 @@ def restore(saved: SavedState, task: Task, weights: Mapping[str, torch.Tensor], 
 
 def write(path: Path, step: int, epoch: int, facts: StateFacts, name: str, task: Task, weights: Mapping[str, torch.Tensor],
           ema: Ema | None, readable: Callable[[], AbstractContextManager]) -> None:
-    """A state after ``step`` steps, as a folder that appears whole."""
-    now = replace(facts, step=step, epoch=epoch, serial=next_serial(path.parent, name),
+    """A state after ``step`` steps, as a folder that appears whole. Its serial is above those there and that of ``facts``."""
+    now = replace(facts, step=step, epoch=epoch, serial=max(next_serial(path.parent, name), facts.serial + 1),
                   saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"))
     if ema is not None:
         ema.wait()
@@ -109,9 +111,10 @@ def averaged(ema: Ema, readable: Callable[[], AbstractContextManager]) -> Iterat
 
 @dataclass(frozen=True)
 class Keeping:
-    """What a run leaves besides its checkpoints and logs, and where it began. ``write_state(path, step, epoch)``."""
+    """What a run leaves besides its checkpoints and logs, and where it began. ``write_state(path, step, epoch, logged)``."""
 
-    write_state: Callable[[Path, int, int], None]
+    write_state: Callable[[Path, int, int, Logged], None]
     first_step: int = 0
+    logged: Logged = Logged()  # of the run that this one goes on with
     ema: Ema | None = None
     report: Report | None = None

@@ -14,7 +14,7 @@ LAYERS = [
     ["prompts", "contact_sheet", "plots", "interrupt", "architectures", "methods", "preview", "saving", "background",
      "writing", "state_saving", "resume", "resume_rules", "ema", "report"],
     ["step"],
-    ["trackers", "upload", "measures", "run_metadata", "encode", "loop", "validation", "build", "states", "outputs", "planning", "run"],
+    ["trackers", "upload", "state_upload", "measures", "run_metadata", "encode", "loop", "validation", "build", "states", "outputs", "planning", "run"],
     ["app"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
