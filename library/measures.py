@@ -49,8 +49,9 @@ class Measures:
     goes on had come to.
     """
 
-    def __init__(self, rates: Callable[[int], Mapping[str, float]], step_flops: Callable[[StepReport], float] | None = None,
-                 peak: float | None = None, mean_loss: float | None = None):
+    def __init__(self, rates: Callable[[int], Mapping[str, float]],
+                 step_flops: Callable[[StepReport], float | None] | None = None, peak: float | None = None,
+                 mean_loss: float | None = None):
         self.rates, self.step_flops, self.peak = rates, step_flops, peak
         self.mean_loss = mean_loss
 
@@ -66,8 +67,8 @@ class Measures:
                   "grad_norm": report.update.grad_norm, "seconds": report.seconds,
                   "images_per_second": report.samples / report.seconds, "data_wait": report.waited / report.seconds,
                   "peak_bytes": report.peak_bytes}
-        if self.step_flops is not None and self.peak:
-            values["mfu"] = self.step_flops(report) / report.seconds / self.peak
+        if self.step_flops is not None and self.peak and (flops := self.step_flops(report)) is not None:
+            values["mfu"] = flops / report.seconds / self.peak
         return values | {f"lr/{name}": rate for name, rate in self.rates(report.step).items()}
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -58,7 +59,7 @@ class Outputs:
                  encoders: TextEncoders, encoded: Encoded, prompts: tuple[Prompt, ...], resolution: tuple[int, int], *,
                  total_steps: int, steps_per_epoch: int, validate: Callable[[StepReport], float | None], facts: Facts,
                  rates: Callable[[int], Mapping[str, float]], uploader: Uploader, keeping: Keeping,
-                 step_flops: Callable[[StepReport], float] | None = None,
+                 step_flops: Callable[[StepReport], float | None] | None = None,
                  reading: Callable[[], AbstractContextManager] = nullcontext):
         self.config, self.runtime, self.arch, self.method = config, runtime, arch, method
         self.denoiser, self.encoders, self.encoded = denoiser, encoders, encoded
@@ -118,7 +119,7 @@ class Outputs:
             with averaged(self.keeping.ema, self.reading), self.reading():
                 yield
 
-        writer = Writer(self.modules, self._write, needed, reading=reading)
+        writer = Writer(self.modules, partial(self._write, averaged=True), needed, reading=reading)
         return Saver(
             self.folder, f"{self.name}-ema", total_epochs=self.saver.total_epochs, write=writer.write,
             every_n_steps=saving.save_every_n_steps, every_n_epochs=saving.save_every_n_epochs,
@@ -327,22 +328,23 @@ class Outputs:
             self.tracker.picture(step, f"previews/{index:02d}", picture)
         log.info("previews of step %d: %s", step, rendered.sheet)
 
-    def _write(self, modules: Mapping[str, nn.Module], path: Path, info: Mapping[str, int]) -> None:
+    def _write(self, modules: Mapping[str, nn.Module], path: Path, info: Mapping[str, int], averaged: bool = False) -> None:
         """One checkpoint file, with metadata that is true of it."""
         started = time.monotonic()
-        metadata = {} if self.config.metadata.no_metadata else self._metadata(info)
+        moment = Moment(info["step"], info["epoch"], time.time(), averaged)
+        metadata = {} if self.config.metadata.no_metadata else self._metadata(moment)
         self.method.export(self.arch, modules, path, self.stored_dtype, metadata, self.format)
         log.info("saved %s (%.2f GB in %.1f s)", path, size_of(path) / 1e9, time.monotonic() - started)
 
-    def _metadata(self, info: Mapping[str, int]) -> dict[str, str]:
-        given, now = self.config.metadata, time.time()
+    def _metadata(self, moment: Moment) -> dict[str, str]:
+        given = self.config.metadata
         low, high = (getattr(self.facts.objective, name, None) for name in ("min_timestep", "max_timestep"))
         limits = None if low is None and high is None else (low or 0, 1000 if high is None else high)
         return modelspec(
             **self.arch.modelspec(), title=given.metadata_title or self.name, resolution=self.resolution,
-            date=datetime.fromtimestamp(now), author=given.metadata_author, description=given.metadata_description,
+            date=datetime.fromtimestamp(moment.now), author=given.metadata_author, description=given.metadata_description,
             license=given.metadata_license, tags=given.metadata_tags, usage_hint=given.metadata_usage_hint,
             thumbnail=thumbnail_url(given.metadata_thumbnail) if given.metadata_thumbnail else None,
             merged_from=given.metadata_merged_from, trigger_phrase=given.metadata_trigger_phrase, timestep_range=limits,
-            extra=fields(self.facts, Moment(info["step"], info["epoch"], now)),
+            extra=fields(self.facts, moment),
         )

@@ -93,7 +93,7 @@ def run(entry: Entry, config: Config) -> None:
     from library.optim.groups import named_parameters
     from library.memory.report import beside_plan
     from library.outputs import Outputs
-    from library.planning import advice_for
+    from library.planning import advice_for, step_flops
 
     runtime = join(config, data)
     saved = states.find(config, runtime)
@@ -135,7 +135,8 @@ def run(entry: Entry, config: Config) -> None:
     with Outputs(config, runtime, arch, method, denoiser, encoders, encoded, data.prompts, data.resolution,
                  total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch, reading=engine.readable,
                  validate=build_validation(config, runtime, data, task), uploader=uploader, rates=group_rates,
-                 facts=facts_of(config, data, arch, plan, groups, rates, total_steps), keeping=keeping) as outputs:
+                 step_flops=step_flops(config, arch, method.prepare, plan), keeping=keeping,
+                 facts=facts_of(config, data, arch, plan, groups, rates, total_steps)) as outputs:
         log.info("ready after %.1f s; steps in all: %d", time.monotonic() - started, total_steps)
         outputs.before_training()
         with stop_requested() as stop:  # until here a signal ends the run at once: there is nothing to save yet

@@ -13,7 +13,7 @@ LAYERS = [
     ["data", "memory", "optim", "objectives"],
     ["prompts", "contact_sheet", "plots", "interrupt", "architectures", "methods", "preview", "saving", "background",
      "writing", "state_saving", "resume", "resume_rules", "ema", "report"],
-    ["step"],
+    ["step", "step_flops"],
     ["trackers", "upload", "state_upload", "measures", "run_metadata", "encode", "loop", "validation", "build", "states", "outputs", "planning", "run"],
     ["app"],
 ]
