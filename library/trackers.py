@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +105,7 @@ class WandbSink:
 
         if key:
             wandb.login(key=key)
-        with _arguments("wandb", "wandb.init"):
+        with _arguments("wandb", "wandb.init"), _unobserved():
             self.wandb, self.run = wandb, wandb.init(project=project, **arguments)
         self.run_id = str(self.run.id)
 
@@ -151,7 +153,7 @@ class AccelerateSink:
         if run_id and going_on is not None:
             arguments = {**going_on.arguments(run_id), **arguments}
         where = {"logging_dir": str(folder)} if make.requires_logging_directory else {}
-        with _arguments(kind, make.__name__):
+        with _arguments(kind, make.__name__), _unobserved():
             self.tracker = make(project, **where, **arguments)
             self.tracker.start()
         try:
@@ -184,6 +186,22 @@ def _pixels(path: Path) -> Any:
 
 def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+@contextmanager
+def _unobserved() -> Iterator[None]:
+    """Trackers look at the process for themselves when they start: at the command line, in which a token may stand, at the path
+    of the program, and at all that is printed, where files are named. wandb's own variables win where the user has set them."""
+    argv, name = sys.argv, Path(sys.argv[0]).name
+    quiet = {key: value for key, value in (("WANDB_PROGRAM", name), ("WANDB_CONSOLE", "off")) if key not in os.environ}
+    sys.argv = [name]
+    os.environ.update(quiet)
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        for key in quiet:
+            os.environ.pop(key, None)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 import importlib.machinery
 import io
+import os
 import re
 import sys
 
@@ -109,6 +110,7 @@ class FakeWandb:
         self.calls.append(("login", key))
 
     def init(self, project, **arguments):
+        self.seen = (list(sys.argv), os.environ.get("WANDB_PROGRAM"), os.environ.get("WANDB_CONSOLE"))
         self.calls.append(("init", project, arguments))
         return self
 
@@ -137,6 +139,20 @@ def test_wandb_keeps_project_run_name_and_arguments(tmp_path, monkeypatch):
     assert fake.calls[4][2]["previews/00"].path == str(tmp_path / "x.png") and fake.calls[5] == ("finish",)
     open_tracker(LoggingOptions(log_with="wandb"), None, is_main=True, resumed={"wandb": "run7"})
     assert fake.calls[-1] == ("init", "finetuning", {"id": "run7", "resume": "allow"})
+
+
+def test_a_tracker_sees_neither_the_command_line_nor_the_console(monkeypatch):
+    fake, argv = FakeWandb(), ["/home/me/kiln/flux_train.py", "--huggingface_token", "hf_secret"]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(sys, "argv", argv)
+    for name in ("WANDB_PROGRAM", "WANDB_CONSOLE"):
+        monkeypatch.delenv(name, raising=False)
+    open_tracker(LoggingOptions(log_with="wandb"), None, is_main=True)
+    assert fake.seen == (["flux_train.py"], "flux_train.py", "off")
+    assert sys.argv is argv and "WANDB_CONSOLE" not in os.environ
+    monkeypatch.setenv("WANDB_CONSOLE", "wrap")
+    open_tracker(LoggingOptions(log_with="wandb"), None, is_main=True)
+    assert fake.seen[2] == "wrap" == os.environ["WANDB_CONSOLE"]
 
 
 def test_other_trackers_run_through_the_classes_of_accelerate(tmp_path, monkeypatch):
