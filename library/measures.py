@@ -47,13 +47,20 @@ class Measures:
     """Makes the numbers of each step. ``rates(step)``: the learning rate of each group in step number ``step`` (from 1).
 
     ``step_flops(report)``: floating-point operations of a step over all devices, forward and backward, without what is
-    computed twice; ``peak``: of all devices together. Without one of them there is no ``mfu``.
+    computed twice; ``peak``: of all devices together. Without one of them there is no ``mfu``. ``mean_loss``: where a run that
+    goes on had come to.
     """
 
-    def __init__(self, rates: Callable[[int], Mapping[str, float]], step_flops: Callable[[StepReport], float] | None = None,
-                 peak: float | None = None):
+    def __init__(self, rates: Callable[[int], Mapping[str, float]],
+                 step_flops: Callable[[StepReport], float | None] | None = None, peak: float | None = None,
+                 mean_loss: float | None = None):
         self.rates, self.step_flops, self.peak = rates, step_flops, peak
-        self.mean_loss: float | None = None
+        self.mean_loss = mean_loss
+
+    @property
+    def known_mean(self) -> float | None:
+        """The running mean, where it is a number."""
+        return self.mean_loss if self.mean_loss is not None and math.isfinite(self.mean_loss) else None
 
     def of(self, report: StepReport) -> dict[str, float]:
         """By the names of the CSV; rates of groups as ``lr/<group>``. ``mean_loss`` is a running mean over some twenty steps.
@@ -69,8 +76,8 @@ class Measures:
                   "peak_bytes": report.peak_bytes}
         if left_out:
             del values["loss"], values["grad_norm"]
-        if self.step_flops is not None and self.peak:
-            values["mfu"] = self.step_flops(report) / report.seconds / self.peak
+        if self.step_flops is not None and self.peak and (flops := self.step_flops(report)) is not None:
+            values["mfu"] = flops / report.seconds / self.peak
         return values | {f"lr/{name}": rate for name, rate in self.rates(report.step).items()}
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from library import preview
 from library.architectures.base import DENOISER, Architecture, TextEncoders
 from library.atomic import sweep, write_atomic
 from library.checkpoint.metadata import modelspec, thumbnail_url
+from library.checkpoint.train_state import Logged
 from library.checkpoint.verify import Damaged
 from library.checkpoint.writer import free_bytes, require_room
 from library.config.parse import Config, to_toml
@@ -36,7 +38,8 @@ from library.report.rows import Rows, keep_rows
 from library.run_metadata import Facts, Moment, fields
 from library.saving import Saver, final_name, is_full, may_pass
 from library.state_saving import StateSaver
-from library.state_writing import StateWriter
+from library.state_upload import StateUploads
+from library.state_writing import Contents, StateWriter
 from library.states import Keeping, averaged
 from library.step import evaluating
 from library.trackers import open_tracker, public_settings
@@ -59,7 +62,7 @@ class Outputs:
                  encoders: TextEncoders, encoded: Encoded, prompts: tuple[Prompt, ...], resolution: tuple[int, int], *,
                  total_steps: int, steps_per_epoch: int, validate: Validating, facts: Facts,
                  rates: Callable[[int], Mapping[str, float]], uploader: Uploader, keeping: Keeping,
-                 step_flops: Callable[[StepReport], float] | None = None,
+                 step_flops: Callable[[StepReport], float | None] | None = None,
                  reading: Callable[[], AbstractContextManager] = nullcontext):
         self.config, self.runtime, self.arch, self.method = config, runtime, arch, method
         self.denoiser, self.encoders, self.encoded = denoiser, encoders, encoded
@@ -86,10 +89,12 @@ class Outputs:
             last_n_epochs=saving.save_last_n_epochs, protected=arch.files(), suffix=suffix,
             in_use=uploader.in_use, on_saved=uploader.upload,
         )
-        self.state_writer = StateWriter(keeping.state, reading, beside=beside,
+        self.state_writer = StateWriter(self._state, reading, beside=beside,
                                         on_failure=lambda error: self._not_saved(error, self.states, "a state"))
+        self.state_uploads = StateUploads(uploader) if config.state.save_state_to_huggingface and main else None
+        hub = {"on_saved": self.state_uploads.upload, "in_use": self.state_uploads.in_use} if self.state_uploads else {}
         self.states = StateSaver(self.folder, self.name, config.state, saving, write=self.state_writer.write,
-                                 total_epochs=math.ceil(total_steps / steps_per_epoch),
+                                 total_epochs=math.ceil(total_steps / steps_per_epoch), **hub,
                                  begun=(keeping.first_step, keeping.first_state) if keeping.first_state else None)
         self.average_saver = self._average_saver(suffix) if keeping.ema is not None else None
         if main:
@@ -99,13 +104,14 @@ class Outputs:
                 log.info("removed %s, left half-written by a run that was killed", path)
             write_atomic(self.folder / f"{self.name}_config.toml", to_toml(config))
         peak = peak_flops(runtime.device, runtime.compute_dtype)
-        self.measures = Measures(rates, step_flops, peak and peak * runtime.world_size)
+        self.measures = Measures(rates, step_flops, peak and peak * runtime.world_size, keeping.logged.mean_loss)
         averages = [f"validation_loss_ema{part}" for part in ("", *validate.names)] if keeping.ema is not None else []
         held_out = [f"validation_loss{part}" for part in validate.names] + averages
         self.log_columns = [*(f"lr/{name}" for name in rates(1)), *held_out,
                             *(["steps_left_out"] if config.training.nan_policy != "stop" else [])]
         self.step_log = self._open_log(keeping.first_step)
-        self.tracker = open_tracker(config.logging, public_settings(config) if config.logging.log_config else None, main)
+        self.tracker = open_tracker(config.logging, public_settings(config) if config.logging.log_config else None, main,
+                                    resumed=keeping.logged.run_ids, done=keeping.first_step)
         self.progress = Progress(total_steps, keeping.first_step, main)
         self.done = keeping.first_step
 
@@ -130,7 +136,7 @@ class Outputs:
             with averaged(self.keeping.ema, self.reading), self.reading():
                 yield
 
-        writer = Writer(self.modules, self._write, needed, reading=reading)
+        writer = Writer(self.modules, partial(self._write, averaged=True), needed, reading=reading)
         return Saver(
             self.folder, f"{self.name}-ema", total_epochs=self.saver.total_epochs, write=writer.write,
             every_n_steps=saving.save_every_n_steps, every_n_epochs=saving.save_every_n_epochs,
@@ -149,7 +155,12 @@ class Outputs:
         self.step_log.close()
         self.tracker.close()
         if kind is not KeyboardInterrupt:
+            if self.state_uploads is not None:
+                self.state_uploads.close()
             self.uploader.close()
+
+    def _state(self, step: int, epoch: int) -> Contents:
+        return self.keeping.state(step, epoch, Logged(self.tracker.run_ids, self.measures.known_mean))
 
     def before_training(self) -> None:
         """A state to go back to, and previews of the untrained model, when asked for."""
@@ -378,22 +389,23 @@ class Outputs:
             self.tracker.picture(step, f"previews/{index:02d}", picture)
         log.info("previews of step %d: %s", step, rendered.sheet)
 
-    def _write(self, modules: Mapping[str, nn.Module], path: Path, info: Mapping[str, int]) -> None:
+    def _write(self, modules: Mapping[str, nn.Module], path: Path, info: Mapping[str, int], averaged: bool = False) -> None:
         """One checkpoint file, with metadata that is true of it."""
         started = time.monotonic()
-        metadata = {} if self.config.metadata.no_metadata else self._metadata(info)
+        moment = Moment(info["step"], info["epoch"], time.time(), averaged)
+        metadata = {} if self.config.metadata.no_metadata else self._metadata(moment)
         self.method.export(self.arch, modules, path, self.stored_dtype, metadata, self.format)
         log.info("saved %s (%.2f GB in %.1f s)", path, size_of(path) / 1e9, time.monotonic() - started)
 
-    def _metadata(self, info: Mapping[str, int]) -> dict[str, str]:
-        given, now = self.config.metadata, time.time()
+    def _metadata(self, moment: Moment) -> dict[str, str]:
+        given = self.config.metadata
         low, high = (getattr(self.facts.objective, name, None) for name in ("min_timestep", "max_timestep"))
         limits = None if low is None and high is None else (low or 0, 1000 if high is None else high)
         return modelspec(
             **self.arch.modelspec(), title=given.metadata_title or self.name, resolution=self.resolution,
-            date=datetime.fromtimestamp(now), author=given.metadata_author, description=given.metadata_description,
+            date=datetime.fromtimestamp(moment.now), author=given.metadata_author, description=given.metadata_description,
             license=given.metadata_license, tags=given.metadata_tags, usage_hint=given.metadata_usage_hint,
             thumbnail=thumbnail_url(given.metadata_thumbnail) if given.metadata_thumbnail else None,
             merged_from=given.metadata_merged_from, trigger_phrase=given.metadata_trigger_phrase, timestep_range=limits,
-            extra=fields(self.facts, Moment(info["step"], info["epoch"], now)),
+            extra=fields(self.facts, moment),
         )

@@ -14,7 +14,7 @@ from torch import nn
 from library.architectures.base import NO_ENCODERS, Architecture
 from library.config.loss_options import LossOptions
 from library.config.parse import DEFAULT
-from library.data.plan import GroupFacts, group_facts
+from library.data.plan import GroupFacts, StepPlan, group_facts
 from library.errors import UserError
 from library.memory.cards import CARDS, Card, named, with_memory
 from library.memory.measure import measure
@@ -27,6 +27,7 @@ from library.objectives.noise import Draws
 from library.optim import states, table
 from library.out_of_memory import out_of_memory, told
 from library.step import training_losses
+from library.step_flops import StepFlops
 
 if TYPE_CHECKING:
     from library.config.parse import Config
@@ -140,6 +141,20 @@ class RunPlan:
         cells = sum(facts.pictures * facts.bucket[0] * facts.bucket[1] for facts in group_facts(items, [1] * len(items.specs)))
         text = sum(tensor.numel() * tensor.itemsize for tensor in self._arch.meta_text(1, torch.bfloat16).values())
         return 2 * latent.channels * cells // latent.factor**2, text * len(items) * (self.config.caching.variants or 1)
+
+
+def step_flops(config: Config, arch: Architecture, prepare: Callable[..., object], plan: StepPlan) -> StepFlops | None:
+    """Operations of each step. None where text encoders train: their part is not known."""
+    rate = config.optimizer.learning_rate
+    if arch.encoder_rates(rate):
+        return None
+
+    def of_size(size: tuple[int, int]) -> float:
+        measured = measure_step(arch, config.loss, size, 1, _WEIGHTS[config.weights_dtype],
+                                _COMPUTE[config.precision.mixed_precision],
+                                lambda denoiser: prepare(arch, denoiser, NO_ENCODERS, rate))
+        return measured.forward.flops + measured.backward.flops
+    return StepFlops(plan, of_size)
 
 
 def advice_for(error: Exception, plan: Callable[[], RunPlan]) -> UserError | None:

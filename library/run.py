@@ -91,7 +91,7 @@ def run(entry: Entry, config: Config) -> int:
     from library.optim.groups import named_parameters
     from library.memory.report import beside_plan
     from library.outputs import Outputs
-    from library.planning import advice_for
+    from library.planning import advice_for, step_flops
     from library.validation import Validating
 
     runtime = join(config, data)
@@ -102,7 +102,7 @@ def run(entry: Entry, config: Config) -> int:
     total_steps = count_steps(config, plan.steps_per_epoch)
     training = tuple(arch.encoder_rates(optimizer.learning_rate))
     frozen = tuple(name for name in arch.text_encoders if name not in training)
-    facts = states.facts_of_run(entry, config, arch, data.specs, data.items, plan, total_steps, frozen)
+    facts = states.facts_of_run(entry, config, arch, data.specs, data.items, plan, total_steps, frozen, saved)
     if saved is not None:
         states.check(saved, facts, config)
     for line in plans.report(data.items):
@@ -127,14 +127,16 @@ def run(entry: Entry, config: Config) -> int:
         return {group.name: group.learning_rate * rates(step - 1, total_steps) for group in groups}
 
     keeping = states.Keeping(
-        lambda step, epoch: states.contents(step, epoch, facts, config.saving.output_name, task, weights, ema),
+        lambda step, epoch, logged: states.contents(step, epoch, replace(facts, **vars(logged)), config.saving.output_name, task,
+                                                    weights, ema),
         lambda path: states.go_back(path, runtime, task, weights, ema, engine.readable), task.first_step,
-        saved and saved.path, ema,
+        saved and saved.path, facts.logged, ema,
         open_report(entry, config, data, plan, total_steps, group_rates) if runtime.is_main else None)
     with Outputs(config, runtime, arch, method, denoiser, encoders, encoded, data.prompts, data.resolution,
                  total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch, reading=engine.readable,
                  validate=Validating(task, config.dataset, data.batch_sizes), uploader=uploader, rates=group_rates,
-                 facts=facts_of(config, data, arch, plan, groups, rates, total_steps), keeping=keeping) as outputs:
+                 step_flops=step_flops(config, arch, method.prepare, plan), keeping=keeping,
+                 facts=facts_of(config, data, arch, plan, groups, rates, total_steps)) as outputs:
         log.info("ready after %.1f s; steps in all: %d", time.monotonic() - started, total_steps)
         outputs.before_training()
         status = to_the_end(task, outputs, lambda error: advice_for(error, plan_memory))

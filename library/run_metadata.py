@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import time
 from collections import Counter
@@ -82,17 +83,18 @@ class Facts:
 
     def shared(self, read: Callable[[SubsetSpec], Any]) -> Any:
         """A setting that all subsets have alike; None where they differ."""
-        values = [read(subset) for subset in self.items.subsets]
-        return values[0] if all(value == values[0] for value in values) else None
+        return same(read(subset) for subset in self.items.subsets)
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When a file is written: after ``step`` steps, in ``epoch`` (from 1); ``now`` in seconds since 1970."""
+    """When a file is written: after ``step`` steps, in ``epoch`` (from 1); ``now`` in seconds since 1970. ``averaged``: it holds
+    the running average of the weights."""
 
     step: int
     epoch: int
     now: float
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,9 +218,15 @@ def _subset(facts: Facts, subset: SubsetSpec) -> dict[str, Any]:
             "resize_interpolation": subset.interpolation}
 
 
+def same(values: Iterable[Any]) -> Any:
+    """What all of them are; None where they differ."""
+    first, *rest = values
+    return first if all(value == first for value in rest) else None
+
+
 def _optimizer(facts: Facts) -> str:
     options = facts.config.optimizer
-    arguments = ",".join(options.optimizer_args)
+    arguments = ",".join(one for one in options.optimizer_args if not any(mark in one for mark in "/\\"))  # no paths
     return f"{options.optimizer_type}({arguments})" if arguments else options.optimizer_type
 
 
@@ -284,6 +292,10 @@ TABLE: tuple[Field, ...] = (
          lambda f, m: list(f.encoder_rates.values()) or None),
         ("ss_lr_warmup_steps", "`--lr_warmup_steps` in steps", lambda f, m: f.warmup_steps)),
     *_flags("optimizer", "optimizer", "lr_scheduler max_grad_norm"),
+    *_records(
+        "optimizer",
+        ("ss_ema_decay", "`--ema_decay`, in files of averaged weights",
+         lambda f, m: f.config.ema.ema_decay if m.averaged else None)),
     *_flags("precision", "precision", "mixed_precision full_bf16"),
     *_records(
         "precision",
@@ -294,6 +306,8 @@ TABLE: tuple[Field, ...] = (
         ("ss_num_train_images", "pictures of an epoch, repeats counted", lambda f, m: _shown(f, False)),
         ("ss_num_reg_images", "regularisation pictures of an epoch", lambda f, m: _shown(f, True)),
         ("ss_num_validation_images", "held-out pictures", lambda f, m: f.held_out),
+        ("ss_validation_split", "share held out, where all datasets agree",
+         lambda f, m: f.held_out and same(spec.validation_split for spec in f.items.specs) or None),
         ("ss_datasets", "JSON: the datasets with their subsets", lambda f, m: _datasets(f)),
         ("ss_dataset_dirs", "JSON: folder -> repeats and pictures", lambda f, m: _folders(f, False)),
         ("ss_reg_dataset_dirs", "the same of regularisation", lambda f, m: _folders(f, True)),
@@ -333,7 +347,8 @@ TABLE: tuple[Field, ...] = (
     *_records(
         "model",
         ("ss_base_model_version", "the kind of model, by the dialect's name", lambda f, m: f.base_version),
-        ("ss_sd_model_name", "name of the model that it started from", lambda f, m: f.model_file and f.model_file.name),
+        ("ss_sd_model_name", "name of the model that it started from",
+         lambda f, m: f.model_file and Path(os.path.abspath(f.model_file)).name),
         ("ss_sd_model_hash", "sha256 of the 64 KiB at 1 MiB of that file, 8 digits; none for folders and hub ids",
          lambda f, m: f.model_hash),
         ("ss_vae_name", "name of the autoencoder's file, where a flag gives it", lambda f, m: f.vae_file and f.vae_file.name),

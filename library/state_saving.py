@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,8 @@ from library.saving import Retry, epoch_name, epochs_between_saves, final_name, 
 class Write(Protocol):
     def __call__(self, path: Path, step: int, epoch: int, then: Callable[[], None], at_once: bool = False) -> None: ...
 
+Outdated = Callable[[Iterable[str]], list[str]]  # of names of states those that are no longer kept
+
 
 class StateSaver:
     """Calls ``write(path, step, epoch, then, at_once)`` when a state is due, then removes those that are no longer kept.
@@ -29,13 +31,16 @@ class StateSaver:
 
     With ``--save_state`` a state goes with every checkpoint, so the same settings say when; ``--save_state_every_n_steps`` asks
     for states of their own. As in the dialect retention counts steps for the one kind and saved epochs for the other, and where
-    it has no setting of its own that of the checkpoints holds.
+    it has no setting of its own that of the checkpoints holds. ``on_saved(path, outdated)`` hears of each state, and which names
+    are no longer kept beside it; one that is ``in_use`` is removed later.
     """
 
     def __init__(self, output_dir: Path, output_name: str, options: StateOptions, saving: SavingOptions, *, total_epochs: int,
-                 write: Write, begun: tuple[int, Path] | None = None):
+                 write: Write, begun: tuple[int, Path] | None = None,
+                 on_saved: Callable[[Path, Outdated], None] | None = None, in_use: Callable[[Path], bool] = lambda path: False):
         self.folder, self.name, self.options, self.total_epochs, self._write_state = (
             output_dir, output_name, options, total_epochs, write)
+        self._on_saved, self._in_use = on_saved, in_use
         self.written = [begun] if begun else []  # (step, path) of this run's states, each whole when it was written; newest last
         self.retry = Retry()
         self.every_n_steps = saving.save_every_n_steps
@@ -57,8 +62,8 @@ class StateSaver:
 
     def late(self, step: int, epoch: int) -> Path:
         """Save now, whether it is due or not."""
-        keep = self.last_n_steps + 1 if self.last_n_steps else 0
-        return self._write(step_name(self.name, step, SUFFIX), step, epoch, r"-step(\d{8,})", step, keep)
+        keep = self.last_n_steps + 1 if self.last_n_steps else None
+        return self._write(step_name(self.name, step, SUFFIX), step, epoch, self._rule(r"-step(\d{8,})", step, keep))
 
     def first(self) -> None:
         """A state of a run that has not begun, for ``--nan_policy rollback``; not where it went on from one."""
@@ -69,8 +74,8 @@ class StateSaver:
         """After ``epoch`` finished epochs; not after the last, which the end of training follows."""
         if not (self.options.save_state and self.every_n_epochs) or epoch % self.every_n_epochs or epoch >= self.total_epochs:
             return None
-        keep = self.last_n_epochs * self.every_n_epochs if self.last_n_epochs else 0
-        return self._write(epoch_name(self.name, epoch, SUFFIX), step, epoch, r"-(\d{6,})", epoch, keep)
+        keep = self.last_n_epochs * self.every_n_epochs if self.last_n_epochs else None
+        return self._write(epoch_name(self.name, epoch, SUFFIX), step, epoch, self._rule(r"-(\d{6,})", epoch, keep))
 
     def final(self, step: int, epoch: int) -> Path | None:
         if not (self.options.save_state or self.options.save_state_on_train_end):
@@ -95,21 +100,21 @@ class StateSaver:
                     log.warning("passed over %s: %s", path, error.message)
         return None
 
-    def _write(self, name: str, step: int, epoch: int, numbered: str = "", current: int = 0, keep: int = 0,
-               at_once: bool = False) -> Path:
-        """``numbered``, ``current``, ``keep``: see ``_remove``; ``keep`` 0: nothing is ever removed."""
+    def _write(self, name: str, step: int, epoch: int, old: Outdated = lambda names: [], at_once: bool = False) -> Path:
         path = self.folder / name
 
         def then() -> None:
             self.written.append((step, path))
             self.retry.clear()
-            if keep:
-                self._remove(numbered, current, keep, path)
+            by_name = {each.name: each for each in found_states(self.folder, self.name) if each.parent == self.folder}
+            remove_states([by_name[each] for each in old(by_name) if not self._in_use(by_name[each])], path, read_back=True)
+            if self._on_saved is not None:
+                self._on_saved(path, old)
 
         self._write_state(path, step, epoch, then, at_once=at_once)
         return path
 
-    def _remove(self, numbered: str, current: int, keep: int, newest: Path) -> None:
-        by_name = {path.name: path for path in found_states(self.folder, self.name) if path.parent == self.folder}
+    def _rule(self, numbered: str, current: int, keep: int | None) -> Outdated:
+        """``keep`` None: all are kept."""
         pattern = re.compile(rf"{re.escape(self.name)}{numbered}{SUFFIX}")
-        remove_states([by_name[name] for name in outdated(by_name, pattern, current, keep)], newest, read_back=True)
+        return lambda names: outdated(names, pattern, current, keep) if keep else []

@@ -12,8 +12,7 @@ import torch
 
 from library.architectures.base import Architecture
 from library.checkpoint import train_state
-from library.checkpoint.state_find import find_state
-from library.checkpoint.train_state import SavedState, StateFacts
+from library.checkpoint.train_state import Logged, SavedState, StateFacts
 from library.config.parse import Config, Entry, to_toml
 from library.data.items import Items
 from library.data.plan import StepPlan
@@ -26,6 +25,7 @@ from library.loop import Task
 from library.report.report import Report
 from library.state_writing import Contents
 from library.resume import data_settings, identity, require_same, version_notes, versions
+from library.state_upload import find_saved
 
 
 def find(config: Config, runtime: Runtime) -> SavedState | None:
@@ -35,7 +35,7 @@ def find(config: Config, runtime: Runtime) -> SavedState | None:
     """
     if config.state.resume is None:
         return None
-    found = find_state(config.saving.output_dir, config.saving.output_name, config.state.resume) if runtime.is_main else None
+    found = find_saved(config) if runtime.is_main else None
     place = runtime.exchange(found.path if found else None)[0]
     if place is None:
         return None
@@ -49,13 +49,14 @@ def kept_stride(saved: SavedState | None, world_size: int) -> int | None:
 
 
 def facts_of_run(entry: Entry, config: Config, arch: Architecture, specs: tuple[DatasetSpec, ...], items: Items, plan: StepPlan,
-                 total_steps: int, frozen: tuple[str, ...]) -> StateFacts:
-    """What all states of this run say; ``frozen``: text encoders that do not train."""
+                 total_steps: int, frozen: tuple[str, ...], saved: SavedState | None = None) -> StateFacts:
+    """What all states of this run say; ``frozen``: text encoders that do not train; ``saved``: where it goes on."""
     f32 = torch.float32
     model = identity(entry.architecture, entry.method, arch.vae_identity(f32), arch.text_identity(frozen, f32))
     return StateFacts(step=0, epoch=0, total_steps=total_steps, stride=plan.stride, steps_per_epoch=plan.steps_per_epoch,
                       world_size=plan.world_size, model=model, data=items.digest(), config=to_toml(config),
-                      data_settings=data_settings(specs), versions=versions())
+                      data_settings=data_settings(specs), versions=versions(),
+                      **({"serial": saved.facts.serial, **vars(saved.facts.logged)} if saved is not None else {}))
 
 
 def check(saved: SavedState, facts: StateFacts, config: Config) -> None:
@@ -122,13 +123,14 @@ def averaged(ema: Ema, readable: Callable[[], AbstractContextManager]) -> Iterat
 class Keeping:
     """What a run leaves besides its checkpoints and logs, and where it began.
 
-    ``state(step, epoch)``: what a state of now consists of. ``go_back(path)``: restore one, see above. ``first_state``: the one
-    that the run went on from.
+    ``state(step, epoch, logged)``: what a state of now consists of. ``go_back(path)``: restore one, see above. ``first_state``:
+    the one that the run went on from, and ``logged`` what it had logged.
     """
 
-    state: Callable[[int, int], Contents]
+    state: Callable[[int, int, Logged], Contents]
     go_back: Callable[[Path | None], int]
     first_step: int = 0
     first_state: Path | None = None
+    logged: Logged = Logged()
     ema: Ema | None = None
     report: Report | None = None

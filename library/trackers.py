@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,13 +40,11 @@ class Tracker:
     A sink that fails (a full disk, a lost connection) is named in the log and left out from then on.
     """
 
-    def __init__(self, sinks: Mapping[str, Sink]):
+    def __init__(self, sinks: Mapping[str, Sink], earlier: Mapping[str, str] | None = None):
+        """``earlier``: ids of trackers that were in use before this run, and may be again."""
         self.sinks = dict(sinks)
-
-    @property
-    def run_ids(self) -> dict[str, str]:
-        """For ``open_tracker`` of a run that goes on with this one."""
-        return {name: sink.run_id for name, sink in self.sinks.items() if sink.run_id}
+        # For ``open_tracker`` of a run that goes on with this one; a sink that fails meanwhile is worth another try then.
+        self.run_ids = {**(earlier or {}), **{name: sink.run_id for name, sink in sinks.items() if sink.run_id}}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Scalars of one step."""
@@ -70,14 +71,18 @@ class Tracker:
 
 
 class TensorBoardSink:
-    """``folder``/``name`` is where the events go; ``run_id`` is ``folder`` without what lies above it."""
+    """``folder``/``name`` is where the events go; ``run_id`` is ``folder`` without what lies above it.
 
-    def __init__(self, folder: Path, name: str, arguments: Mapping[str, Any]):
+    ``done`` steps of a run that goes on here are kept; what the folder has of later ones is hidden by TensorBoard's own mark.
+    """
+
+    def __init__(self, folder: Path, name: str, arguments: Mapping[str, Any], done: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run_id = folder.name
+        self.run_id, self.done = folder.name, done
+        begun = {"purge_step": done + 1} if (folder / name).is_dir() else {}
         with _arguments("tensorboard", "SummaryWriter"):
-            self.writer = SummaryWriter(str(folder / name), **arguments)
+            self.writer = SummaryWriter(str(folder / name), **{**begun, **arguments})
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -88,7 +93,7 @@ class TensorBoardSink:
 
     def settings(self, values: Settings) -> None:
         rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in values.items())
-        self.writer.add_text("settings", f"| setting | value |\n| --- | --- |\n{rows}")
+        self.writer.add_text("settings", f"| setting | value |\n| --- | --- |\n{rows}", self.done)
 
     def close(self) -> None:
         self.writer.close()
@@ -100,7 +105,7 @@ class WandbSink:
 
         if key:
             wandb.login(key=key)
-        with _arguments("wandb", "wandb.init"):
+        with _arguments("wandb", "wandb.init"), _unobserved():
             self.wandb, self.run = wandb, wandb.init(project=project, **arguments)
         self.run_id = str(self.run.id)
 
@@ -117,19 +122,44 @@ class WandbSink:
         self.run.finish()
 
 
+@dataclass(frozen=True)
+class Continued:
+    """How a tracker is told to go on with an earlier run. ``id_of`` what accelerate's class holds as ``tracker``."""
+
+    id_of: Callable[[Any], str | None]
+    arguments: Callable[[str], dict[str, Any]]
+
+
+# DVCLive keeps no ids: it goes on in its folder when told so by ``resume = true`` in --log_tracker_config.
+CONTINUED: dict[str, Continued] = {
+    "aim": Continued(lambda run: run.hash, lambda run_id: {"run_hash": run_id}),
+    "clearml": Continued(lambda task: task.id, lambda run_id: {"continue_last_task": run_id}),
+    "comet_ml": Continued(lambda experiment: experiment.get_key(),
+                          lambda run_id: {"experiment_key": run_id, "mode": "get_or_create"}),
+    "mlflow": Continued(lambda run: run.info.run_id, lambda run_id: {"run_id": run_id}),
+    "swanlab": Continued(lambda run: run.id, lambda run_id: {"id": run_id, "resume": "allow"}),
+    "trackio": Continued(lambda run: run.name, lambda run_id: {"name": run_id, "resume": "allow"}),
+}
+
+
 class AccelerateSink:
     """A tracker of accelerate, ``kind`` by its name there. ``folder``: for those that write files."""
 
-    run_id = ""
-
-    def __init__(self, kind: str, project: str, folder: Path | None, arguments: Mapping[str, Any]):
+    def __init__(self, kind: str, project: str, folder: Path | None, arguments: Mapping[str, Any], run_id: str = ""):
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         make = LOGGER_TYPE_TO_CLASS[kind]
+        going_on = CONTINUED.get(kind)
+        if run_id and going_on is not None:
+            arguments = {**going_on.arguments(run_id), **arguments}
         where = {"logging_dir": str(folder)} if make.requires_logging_directory else {}
-        with _arguments(kind, make.__name__):
+        with _arguments(kind, make.__name__), _unobserved():
             self.tracker = make(project, **where, **arguments)
             self.tracker.start()
+        try:
+            self.run_id = str(going_on.id_of(self.tracker.tracker) or "") if going_on is not None else ""
+        except AttributeError:  # another version of that package: curves are drawn all the same
+            self.run_id = ""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.tracker.log(dict(values), step=step)
@@ -159,6 +189,22 @@ def _cell(value: object) -> str:
 
 
 @contextmanager
+def _unobserved() -> Iterator[None]:
+    """Trackers look at the process for themselves when they start: at the command line, in which a token may stand, at the path
+    of the program, and at all that is printed, where files are named. wandb's own variables win where the user has set them."""
+    argv, name = sys.argv, Path(sys.argv[0]).name
+    quiet = {key: value for key, value in (("WANDB_PROGRAM", name), ("WANDB_CONSOLE", "off")) if key not in os.environ}
+    sys.argv = [name]
+    os.environ.update(quiet)
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        for key in quiet:
+            os.environ.pop(key, None)
+
+
+@contextmanager
 def _arguments(kind: str, what: str) -> Iterator[None]:
     """Arguments from --log_tracker_config that a tracker does not take are the user's mistake."""
     try:
@@ -180,36 +226,37 @@ def tracker_arguments(path: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def open_tracker(options: LoggingOptions, settings: Settings | None, is_main: bool,
-                 resumed: Mapping[str, str] | None = None) -> Tracker:
+                 resumed: Mapping[str, str] | None = None, done: int = 0) -> Tracker:
     """Start the trackers that ``options`` name. ``settings``: to show beside the curves, free of secrets and paths.
 
-    ``resumed``: ``Tracker.run_ids`` of the run that this one goes on with; its curves are continued where the tracker can.
+    ``resumed``: ``Tracker.run_ids`` of the run that this one goes on with after ``done`` steps; its curves are continued where
+    the tracker can.
     Raises UserError for a tracker that refuses its arguments or cannot be started.
     """
-    if not is_main or not options.trackers:
-        return Tracker({})
     extra, resumed = tracker_arguments(options.log_tracker_config), dict(resumed or {})
-    run = resumed.get("tensorboard") or f"{options.log_prefix}{datetime.now():%Y%m%d%H%M%S}"
+    if not is_main or not options.trackers:
+        return Tracker({}, resumed)
+    run = Path(resumed.get("tensorboard", "")).name or f"{options.log_prefix}{datetime.now():%Y%m%d%H%M%S}"
     folder = options.logging_dir / run if options.logging_dir else None
     sinks: dict[str, Sink] = {}
     for name in options.trackers:
         arguments = extra.get(name, {})
         try:
             if name == "tensorboard":
-                sinks[name] = TensorBoardSink(folder, options.log_tracker_name, arguments)
+                sinks[name] = TensorBoardSink(folder, options.log_tracker_name, arguments, done)
             elif name == "wandb":
                 given = {"name": options.wandb_run_name} if options.wandb_run_name else {}
                 given |= {"id": resumed[name], "resume": "allow"} if name in resumed else {}
                 sinks[name] = WandbSink(options.log_tracker_name, options.wandb_api_key, {**given, **arguments})
             else:
-                sinks[name] = AccelerateSink(name, options.log_tracker_name, folder, arguments)
+                sinks[name] = AccelerateSink(name, options.log_tracker_name, folder, arguments, resumed.get(name, ""))
         except UserError:
             raise
         except Exception as error:  # no connection, a wrong key, a folder that cannot be made: better said now than never
             what = without(filter(None, (options.wandb_api_key,)), f"{type(error).__name__}: {error}")
             raise UserError(f"{name} cannot be started: {what}", place="--log_with",
                             remedy="mend that, or leave this tracker out") from error
-    tracker = Tracker(sinks)
+    tracker = Tracker(sinks, resumed)
     if settings is not None:
         tracker.settings(settings)
     return tracker

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Uploader:
         self.token: str | None = None
         self.thread = Background("uploading", lasting=False)
         self.waiting: dict[Path, str] = {}  # given, and not there yet; with the name that each is to have
-        self._make, self._api, self._made = api or _default_api, None, False
+        self._make, self._api, self._made = api or default_api, None, False
 
     @property
     def repo(self) -> str | None:
@@ -64,7 +64,7 @@ class Uploader:
             self._make_repository()
             self._api.auth_check(**kind, write=True)
         except HFValidationError as error:
-            raise UserError(self._hidden(error), place="--huggingface_repo_id", remedy="write OWNER/NAME") from None
+            raise UserError(self.hidden(error), place="--huggingface_repo_id", remedy="write OWNER/NAME") from None
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else None
             if status not in (401, 403, 404):
@@ -90,6 +90,45 @@ class Uploader:
         else:
             self._put(path)
 
+    def put(self, path: Path, name: str, whole: bool = False) -> bool:
+        """Upload ``path`` as ``name`` now, in one commit; whether it is there. Never raises: what fails is told in the log.
+
+        ``whole``: of a folder that was there under this name nothing stays but what is uploaded.
+        """
+        options, target = self.options, self.target(name)
+        where = {"repo_id": self.repo, "repo_type": options.huggingface_repo_type, "commit_message": f"Upload {name}"}
+        try:
+            self._make_repository()
+            if path.is_dir():
+                self._api.upload_folder(folder_path=str(path), path_in_repo=target, **where,
+                                        **({"delete_patterns": ["*"]} if whole else {}))
+            else:
+                self._api.upload_file(path_or_fileobj=str(path), path_in_repo=target, **where)
+        except Exception as error:  # a broken connection, a full quota, a defect of the hub: the file is on the disk
+            log.error("NOT UPLOADED, training goes on: %s to %s: %s: %s", path.name, self.repo, type(error).__name__,
+                      self.hidden(error))
+            return False
+        log.info("uploaded %s to %s/%s", path.name, self.repo, target)
+        return True
+
+    def target(self, name: str) -> str:
+        """Where ``name`` is in the repository."""
+        return "/".join(part for part in ((self.options.huggingface_path_in_repo or "").strip("/"), name) if part)
+
+    def folders(self) -> list[str]:
+        """Names of the folders below ``--huggingface_path_in_repo``. Whatever huggingface_hub raises."""
+        found = self._api.list_repo_tree(self.repo, path_in_repo=self.target("") or None,
+                                         repo_type=self.options.huggingface_repo_type)
+        return [entry.path.rpartition("/")[2] for entry in found if hasattr(entry, "tree_id")]
+
+    def remove_folders(self, names: Sequence[str]) -> None:
+        """In one commit. Whatever huggingface_hub raises."""
+        from huggingface_hub import CommitOperationDelete
+
+        going = [CommitOperationDelete(f"{self.target(name)}/", is_folder=True) for name in names]
+        self._api.create_commit(self.repo, going, repo_type=self.options.huggingface_repo_type,
+                                commit_message=f"Remove {', '.join(names)}")
+
     def in_use(self, path: Path) -> bool:
         """Whether ``path`` still has to be read."""
         return self.thread.busy and path in self.waiting
@@ -105,21 +144,8 @@ class Uploader:
             self._put(path)
 
     def _put(self, path: Path) -> None:
-        options, name = self.options, self.waiting.get(path, path.name)
-        target = "/".join(part for part in ((options.huggingface_path_in_repo or "").strip("/"), name) if part)
-        where = {"repo_id": self.repo, "repo_type": options.huggingface_repo_type, "commit_message": f"Upload {name}"}
-        try:
-            self._make_repository()
-            if path.is_dir():
-                self._api.upload_folder(folder_path=str(path), path_in_repo=target, **where)
-            else:
-                self._api.upload_file(path_or_fileobj=str(path), path_in_repo=target, **where)
-        except Exception as error:  # a broken connection, a full quota, a defect of the hub: the file is on the disk
-            log.error("NOT UPLOADED, training goes on: %s to %s: %s: %s", path.name, self.repo, type(error).__name__,
-                      self._hidden(error))
-            return
-        self.waiting.pop(path, None)
-        log.info("uploaded %s to %s/%s", path.name, self.repo, target)
+        if self.put(path, self.waiting.get(path, path.name)):
+            self.waiting.pop(path, None)
 
     def _make_repository(self) -> None:
         if self._made:
@@ -129,11 +155,11 @@ class Uploader:
                               **({"space_sdk": "static"} if self.options.huggingface_repo_type == "space" else {}))
         self._made = True
 
-    def _hidden(self, error: Exception) -> str:
+    def hidden(self, error: Exception) -> str:
         return without(filter(None, (self.token,)), " ".join(str(error).split()))
 
 
-def _default_api(token: str | None) -> Any:
+def default_api(token: str | None) -> Any:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 

@@ -34,7 +34,8 @@ _OFF = """output_config console_log_simple enable_bucket bucket_no_upscale cache
 cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk full_bf16 gradient_checkpointing
 sample_at_first log_config cpu_offload_checkpointing fused_backward_pass blockwise_fused_optimizers cache_info
 debug_dataset enable_wildcard shuffle_caption color_aug flip_aug random_crop alpha_mask masked_loss
-skip_cache_check skip_latents_validity_check use_flash_attn async_upload save_state save_state_on_train_end""".split()
+skip_cache_check skip_latents_validity_check use_flash_attn async_upload save_state save_state_on_train_end
+save_state_to_huggingface resume_from_huggingface""".split()
 
 PEER_DEFAULTS: dict[str, object] = {
     **dict.fromkeys(_NONE), **dict.fromkeys(_OFF, False),
@@ -193,6 +194,9 @@ BEHAVIOUR = """## Behaviour that differs
   accelerate's other trackers, and TensorBoard gets pictures. A tracker that fails does not end the run.
 - **`--huggingface_path_in_repo`** may be left out (the top of the repository), a token that may not write is told before training,
   and the end of a run waits for uploads.
+- **States on the hub**: each is one commit in a folder of its own name. `--resume_from_huggingface` also takes `latest` or the
+  name of a state alone, in `--huggingface_repo_id`; a revision may be left empty (`OWNER/REPO/STATE::dataset`). In the dialect the
+  path had to be spelled out, nothing was checked after the download, and counters began at 0.
 - **Weights of the loss, masks and `loss_weight`** act together in every objective, for each picture by itself.
 - **`--model_type chroma`** is refused: the dialect's fine-tuning script trains a FLUX model then.
 - **`--sample_every_*` without `--sample_prompts`** and **`--save_last_n_*` without `--save_every_n_*`** are errors.

@@ -10,22 +10,27 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from library.checkpoint.train_state import FACTS, SavedState, is_state, leftovers, open_state
+from library.config.hub_place import LATEST
 from library.errors import UserError
 from library.log import log
 
 SUFFIX = "-state"
-LATEST = "latest"
 
 
 def found_states(folder: Path, output_name: str) -> list[Path]:
     """The states of a run of this name, newest first; broken ones, and ones that a killed run had moved aside, included."""
-    ours = re.compile(rf"{re.escape(output_name)}(-step\d{{8,}}|-\d{{6,}})?{SUFFIX}")
+    ours = state_names(output_name)
     if not folder.is_dir():
         return []
     named = [path for path in folder.iterdir() if ours.fullmatch(path.name) and path.is_dir()]
     aside = [path for path in folder.glob(f".*{SUFFIX}.*.previous/*{SUFFIX}") if ours.fullmatch(path.name)]
     states = [path for path in (*named, *aside) if is_state(path)]
     return sorted(states, key=lambda path: (_serial(path), path.name), reverse=True)
+
+
+def state_names(output_name: str) -> re.Pattern[str]:
+    """What the states of a run of this name are called."""
+    return re.compile(rf"{re.escape(output_name)}(-step\d{{8,}}|-\d{{6,}})?{SUFFIX}")
 
 
 def next_serial(folder: Path, output_name: str) -> int:

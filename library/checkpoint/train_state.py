@@ -43,6 +43,14 @@ _READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
+class Logged:
+    """Where the curves of a run stand: ``run_ids`` as ``Tracker.run_ids``; ``mean_loss``, the running mean that is drawn."""
+
+    run_ids: Mapping[str, str] = field(default_factory=dict)
+    mean_loss: float | None = None
+
+
+@dataclass(frozen=True)
 class StateFacts:
     """What a state says of the run that wrote it, besides tensors.
 
@@ -65,10 +73,15 @@ class StateFacts:
     config: str
     data_settings: Mapping[str, str] = field(default_factory=dict)
     run_ids: Mapping[str, str] = field(default_factory=dict)
+    mean_loss: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     saved_at: str = ""
     serial: int = 0
     skipped: list[int] = field(default_factory=list)
+
+    @property
+    def logged(self) -> Logged:
+        return Logged(self.run_ids, self.mean_loss)
 
 
 def save(path: Path, facts: StateFacts, weights: Mapping[str, torch.Tensor], parts: Mapping[str, Any]) -> int:

@@ -97,9 +97,6 @@ def _later() -> Iterator[Record]:
     yield from records(LATER, "use_lion_optimizer", "not built yet: Lion", "use --optimizer_type AdamW, AdamW8bit or Adafactor")
     yield from records(LATER, "ip_noise_gamma=", "not built yet: input perturbation", "leave it out", (0,))
     yield from records(LATER, "ip_noise_gamma_random_strength", "not built yet: input perturbation", "leave it out")
-    yield from records(LATER, "save_state_to_huggingface resume_from_huggingface",
-                       "not built yet: keeping the state of a run on the hub",
-                       "leave it out; --huggingface_repo_id uploads the saved files")
 
 
 def _elsewhere() -> Iterator[Record]:

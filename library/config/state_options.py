@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from library.config.check import Problem, conflict
+from library.config.hub_place import hub_place
 from library.config.values import flag
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ class StateOptions:
                                                off="0", default_text="--save_last_n_steps")
     resume: str | None = flag(None, "go on from this state; latest: from the newest whole one of --output_name, or from the "
                               "beginning while there is none", metavar="DIR|latest", saved=False)
+    save_state_to_huggingface: bool = flag(False, "also upload every state to --huggingface_repo_id, while training goes on; old "
+                                           "ones are removed there by the same settings as here")
+    resume_from_huggingface: bool = flag(False, "--resume names a state on the hub: latest, a name (both in "
+                                         "--huggingface_repo_id), or OWNER/REPO/STATE[:REVISION[:TYPE]]", saved=False)
     resume_anyway: bool = flag(False, "go on although settings differ that change the run (they are listed without this flag)",
                                saved=False)
 
@@ -47,6 +52,7 @@ class StateOptions:
         if self.resume_anyway and not self.resume:
             yield conflict(config, "resume_anyway resume", "has no effect without --resume",
                            "add --resume latest, or leave it out")
+        yield from self._hub_problems(config)
         if self.save_last_n_steps_state and not self.save_state_every_n_steps and not (
                 self.save_state and config.saving.save_every_n_steps):
             yield conflict(config, "save_last_n_steps_state save_state_every_n_steps",
@@ -56,6 +62,25 @@ class StateOptions:
         if self.save_last_n_epochs_state and not (self.save_state and epochs):
             yield conflict(config, "save_last_n_epochs_state save_state", "has no effect: no states are written after epochs",
                            "add --save_state and --save_every_n_epochs, or leave it out")
+
+    def _hub_problems(self, config: Config) -> Iterator[Problem]:
+        if self.save_state_to_huggingface and config.hub.huggingface_repo_id is None:
+            yield conflict(config, "save_state_to_huggingface huggingface_repo_id",
+                           "nothing is uploaded without --huggingface_repo_id",
+                           "add --huggingface_repo_id OWNER/NAME, or leave it out")
+        elif self.save_state_to_huggingface and not self.wanted:
+            yield conflict(config, "save_state_to_huggingface save_state", "no states are written, except when a run is stopped",
+                           "add --save_state, --save_state_every_n_steps N or --save_state_on_train_end")
+        if not self.resume_from_huggingface:
+            return
+        if not self.resume:
+            yield conflict(config, "resume_from_huggingface resume", "has no effect without --resume",
+                           "add --resume latest, or leave it out")
+            return
+        try:
+            hub_place(self.resume, config.hub)
+        except ValueError as error:
+            yield conflict(config, "resume resume_from_huggingface huggingface_repo_id", *error.args)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +82,26 @@ def _found(root: Path, subset: SubsetSpec, found: dict[str, Record], lookup: _Lo
 
 
 class _Lookup:
-    """Files by what records call them: absolute, relative to the root, or a name without its suffix."""
+    """Files by what records call them: absolute, relative to the root or to where the program was started, or a name without its
+    suffix."""
 
     def __init__(self, root: Path, subset: SubsetSpec, tally: Tally):
         self.root, self.subset, self.tally = root, subset, tally
         self.absolute = f"{root.absolute().as_posix().rstrip('/')}/"
         self._by_stem: dict[str, list[str]] | None = None
+        self.beside = lru_cache(maxsize=None)(self._beside)  # asked once for each folder, and not for each of a million pictures
+
+    def _beside(self, folder: str) -> bool:
+        """Whether ``folder`` is one of the current folder and none of the root: tools write names as they were given them."""
+        return not os.path.isabs(folder) and not (self.root / folder).is_dir() and os.path.isdir(folder)
 
     def name(self, record: Record) -> str:
         """Relative to the root, with ``/`` between folders; absolute for a file that lies elsewhere."""
         written = Path(record.image).as_posix()
         if "\\" in written and not (self.root / written).exists():  # written on Windows
             written = written.replace("\\", "/").removeprefix("./")
+        if (folder := os.path.dirname(written)) and self.beside(folder):
+            written = os.path.abspath(written)
         if Path(written).is_absolute():
             written = os.path.normpath(written).replace(os.sep, "/")
             written = written.removeprefix(self.absolute)

@@ -30,7 +30,7 @@ def charts(rows: Rows, planned: Mapping[str, tuple[Sequence[int], Sequence[float
                                              for name in rates], ahead=ahead),
         _chart("norm", "Gradient norm before clipping", "", [_series(rows, "grad_norm", "each step", "raw")], fitted=True),
         _chart("speed", "Speed", "images/s", [_series(rows, "images_per_second", "images/s", "raw")], fitted=True, zero=True),
-        _chart("wait", "Time spent waiting for pictures", "%", [_series(rows, "data_wait", "share of a step", "raw", 100)],
+        _chart("wait", "Waiting for pictures", "%", [_series(rows, "data_wait", "share of a step", "raw", 100)],
                zero=True),
         _chart("mfu", "Use of the card's arithmetic", "%", [_series(rows, "mfu", "of its peak", "raw", 100)], zero=True),
         _chart("memory", "Most memory in use", "GiB", [_series(rows, "peak_bytes", "peak", "line", 2**-30)], zero=True),

@@ -57,7 +57,7 @@ def next_steps(name: str, program: str, finished: bool, results: Sequence[Result
     models, states = ([each for each in results if each.is_state == kind] for kind in (False, True))
     yield '<ul class="steps">'
     if models:
-        newest = models[0]
+        newest = next((each for each in models if f"{AVERAGED}" not in each.name.removeprefix(name)), models[0])
         kind = ("is a diffusers folder: give its path to <code>from_pretrained</code>" if newest.is_folder else
                 "has the layout of the file that training began with: put it where that one lies (the folder for models of "
                 "ComfyUI, Forge or SwarmUI), and choose it there in its place")

@@ -7,18 +7,19 @@ import pytest
 
 from flux_train import ENTRY
 from library.config.parse import Config, parse
-from library.config.schema import SavingOptions
+from library.config.schema import HubOptions, SavingOptions
 from library.config.state_options import EmaOptions, StateOptions
 
 
-def problems(options, saving=None, changed=()):
+def problems(options, saving=None, changed=(), hub=None):
     """The options' own conflicts, beside settings of saving."""
     config = parse(ENTRY, ["--pretrained_model_name_or_path=m.safetensors", "--dataset_config=d.toml", "--output_dir=o"], {})
 
     class Changed(Config):
         def changed(self):
             return frozenset(changed)
-    fields = {each.name: getattr(config, each.name) for each in dataclasses.fields(Config)} | {"saving": saving or SavingOptions()}
+    fields = {each.name: getattr(config, each.name) for each in dataclasses.fields(Config)} | {
+        "saving": saving or SavingOptions(), "hub": hub or HubOptions()}
     return [str(error) for _, error in options.problems(Changed(**fields))]
 
 
@@ -41,6 +42,21 @@ def place(tmp_path, monkeypatch):
 ])
 def test_conflicts_of_states(options, saving, expected):
     found = problems(options, SavingOptions(**saving))
+    assert len(found) == bool(expected) and all(line.startswith(expected) for line in found)
+
+
+@pytest.mark.parametrize("options, repo, expected", [
+    (StateOptions(save_state_to_huggingface=True, save_state=True), "a/b", ""),
+    (StateOptions(save_state_to_huggingface=True, save_state=True), None, "--save_state_to_huggingface: nothing is uploaded"),
+    (StateOptions(save_state_to_huggingface=True), "a/b", "--save_state_to_huggingface: no states are written, except"),
+    (StateOptions(resume_from_huggingface=True), None, "--resume_from_huggingface: has no effect without --resume"),
+    (StateOptions(resume_from_huggingface=True, resume="latest"), None, "--resume: of which repository 'latest' is"),
+    (StateOptions(resume_from_huggingface=True, resume="latest"), "a/b", ""),
+    (StateOptions(resume_from_huggingface=True, resume="c/d"), "a/b", "--resume: 'c/d' is a repository"),
+    (StateOptions(resume_from_huggingface=True, resume="c/d/e-state:main"), None, ""),
+])
+def test_conflicts_of_states_on_the_hub(options, repo, expected):
+    found = problems(options, hub=HubOptions(huggingface_repo_id=repo))
     assert len(found) == bool(expected) and all(line.startswith(expected) for line in found)
 
 

@@ -44,6 +44,15 @@ def test_json(folder, tmp_path):
     assert "1 pictures" in str(found.problems[0].error) and "not listed.png" in str(found.problems[0].error)
 
 
+def test_names_relative_to_where_the_program_was_started(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (folder / "a.png", folder / "sub" / "b.png", tmp_path / "other" / "c.png", tmp_path / "sub" / "b.png"):
+        picture(path)
+    found = listed(tmp_path / "meta.json", {name: {"caption": "x"} for name in ("pictures/a.png", "sub/b.png", "./other/c.png")}, folder)
+    found.raise_errors()
+    assert {item.path for item in found.items} == {folder / "a.png", folder / "sub" / "b.png", tmp_path / "other" / "c.png"}
+
+
 def test_jsonl_beside_its_pictures(folder):
     for name in ("a.png", "b.png"):
         picture(folder / name, caption=None)

@@ -14,9 +14,9 @@ LAYERS = [
     ["prompts", "contact_sheet", "plots", "interrupt", "architectures", "methods", "preview", "saving", "background",
      "writing", "state_saving", "resume", "resume_rules", "ema", "report", "nan_policy",
      "state_writing"],
-    ["step"],
-    ["trackers", "upload", "measures", "run_metadata", "encode", "loop", "validation", "build", "states", "outputs", "ending",
-     "planning", "run"],
+    ["step", "step_flops"],
+    ["trackers", "upload", "state_upload", "measures", "run_metadata", "encode", "loop", "validation", "build", "states", "outputs",
+     "ending", "planning", "run"],
     ["app"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

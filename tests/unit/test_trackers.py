@@ -1,5 +1,6 @@
 import importlib.machinery
 import io
+import os
 import re
 import sys
 
@@ -76,16 +77,23 @@ def test_tensorboard_gets_curves_pictures_and_settings(tmp_path):
 def test_a_resumed_run_goes_on_in_the_same_curves(tmp_path):
     options = LoggingOptions(logging_dir=tmp_path)
     first = open_tracker(options, None, is_main=True)
-    first.write(1, {"loss/step": 1.0})
+    for step in (1, 2, 3):
+        first.write(step, {"loss/step": 1.0})  # steps 2 and 3 come after the state
     ids = first.run_ids
     first.close()
-    second = open_tracker(options, None, is_main=True, resumed=ids)
+    second = open_tracker(options, {"seed": 1}, is_main=True, resumed={**ids, "wandb": "kept"}, done=1)
     second.write(2, {"loss/step": 2.0})
-    assert second.run_ids == ids
+    assert second.run_ids == {**ids, "wandb": "kept"}
     second.close()
     (run,) = tmp_path.iterdir()
     assert ids == {"tensorboard": run.name}
-    assert [point.step for point in read_events(run / "finetuning").Scalars("loss/step")] == [1, 2]
+    assert [(point.step, point.value) for point in read_events(run / "finetuning").Scalars("loss/step")] == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_state_from_elsewhere_names_no_folder_outside(tmp_path):
+    tracker = open_tracker(LoggingOptions(logging_dir=tmp_path / "logs"), None, is_main=True, resumed={"tensorboard": "../../x"}, done=3)
+    tracker.close()
+    assert tracker.run_ids == {"tensorboard": "x"} and (tmp_path / "logs" / "x").is_dir()
 
 
 class FakeWandb:
@@ -102,6 +110,7 @@ class FakeWandb:
         self.calls.append(("login", key))
 
     def init(self, project, **arguments):
+        self.seen = (list(sys.argv), os.environ.get("WANDB_PROGRAM"), os.environ.get("WANDB_CONSOLE"))
         self.calls.append(("init", project, arguments))
         return self
 
@@ -132,6 +141,20 @@ def test_wandb_keeps_project_run_name_and_arguments(tmp_path, monkeypatch):
     assert fake.calls[-1] == ("init", "finetuning", {"id": "run7", "resume": "allow"})
 
 
+def test_a_tracker_sees_neither_the_command_line_nor_the_console(monkeypatch):
+    fake, argv = FakeWandb(), ["/home/me/kiln/flux_train.py", "--huggingface_token", "hf_secret"]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(sys, "argv", argv)
+    for name in ("WANDB_PROGRAM", "WANDB_CONSOLE"):
+        monkeypatch.delenv(name, raising=False)
+    open_tracker(LoggingOptions(log_with="wandb"), None, is_main=True)
+    assert fake.seen == (["flux_train.py"], "flux_train.py", "off")
+    assert sys.argv is argv and "WANDB_CONSOLE" not in os.environ
+    monkeypatch.setenv("WANDB_CONSOLE", "wrap")
+    open_tracker(LoggingOptions(log_with="wandb"), None, is_main=True)
+    assert fake.seen[2] == "wrap" == os.environ["WANDB_CONSOLE"]
+
+
 def test_other_trackers_run_through_the_classes_of_accelerate(tmp_path, monkeypatch):
     """A stub of the package swanlab under accelerate's real class for it."""
     fake = FakeWandb()
@@ -148,6 +171,9 @@ def test_other_trackers_run_through_the_classes_of_accelerate(tmp_path, monkeypa
     tracker.close()
     assert fake.calls == [("init", "project", {"workspace": "us"}), ("config", {"seed": 1}), ("log", 3, {"loss/step": 0.5}),
                           ("log", 3, {"loss": [("image", (6, 8, 3))]}), ("finish",)]
+    assert tracker.run_ids == {"swanlab": "run7"}
+    open_tracker(options, None, is_main=True, resumed=tracker.run_ids, done=3).close()
+    assert fake.calls[5] == ("init", "project", {"id": "run7", "resume": "allow", "workspace": "us"})
 
 
 def test_accelerates_names_of_trackers_are_ours():
