@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
@@ -14,7 +14,6 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from library import preview
 from library.architectures.base import DENOISER, Architecture, TextEncoders
 from library.atomic import sweep, write_atomic
 from library.checkpoint.metadata import modelspec, thumbnail_url
@@ -30,8 +29,8 @@ from library.log import CSV_FIELDS, Progress, StepLog, log
 from library.loop import StepReport
 from library.measures import HeldOut, Measures, for_trackers, peak_flops
 from library.optim.updater import NonFinite
-from library.out_of_memory import DRAWING, telling
 from library.plots import write_loss_curve
+from library.previewing import Previews
 from library.prompts import Prompt
 from library.report.html import BROKEN, FINISHED, STOPPED
 from library.report.rows import Rows, keep_rows
@@ -41,7 +40,6 @@ from library.state_saving import StateSaver
 from library.state_upload import StateUploads
 from library.state_writing import Contents, StateWriter
 from library.states import Keeping, averaged
-from library.step import evaluating
 from library.trackers import open_tracker, public_settings
 from library.upload import Uploader
 from library.validation import Validating
@@ -65,10 +63,8 @@ class Outputs:
                  step_flops: Callable[[StepReport], float | None] | None = None,
                  reading: Callable[[], AbstractContextManager] = nullcontext):
         self.config, self.runtime, self.arch, self.method = config, runtime, arch, method
-        self.denoiser, self.encoders, self.encoded = denoiser, encoders, encoded
         self.modules: dict[str, nn.Module] = {DENOISER: denoiser, **encoders.modules}
-        self.prompts, self.resolution = prompts, resolution
-        self.preview_batch = config.sampling.sample_batch_size  # as long as the memory is there
+        self.resolution = resolution
         self.total_steps, self.steps_per_epoch, self.validate = total_steps, steps_per_epoch, validate
         self.facts, self.uploader, self.keeping, self.reading = facts, uploader, keeping, reading
         saving = config.saving
@@ -112,6 +108,8 @@ class Outputs:
         self.step_log = self._open_log(keeping.first_step)
         self.tracker = open_tracker(config.logging, public_settings(config) if config.logging.log_config else None, main,
                                     resumed=keeping.logged.run_ids, done=keeping.first_step)
+        self.previews = Previews(config.sampling, runtime, arch, denoiser, encoders, encoded, prompts, self.folder / "sample", self.name,
+                                 self.tracker)
         self.progress = Progress(total_steps, keeping.first_step, main)
         self.done = keeping.first_step
 
@@ -168,7 +166,7 @@ class Outputs:
             self.states.first()
         if self.keeping.first_step:
             return
-        self._preview(step=0, epoch=0, epoch_ended=False, at_first=self.config.sampling.sample_at_first)
+        self.previews(step=0, epoch=0, epoch_ended=False, at_first=self.config.sampling.sample_at_first)
 
     def after_step(self, report: StepReport) -> None:
         """Log, save and draw what is due after one optimizer step."""
@@ -185,7 +183,7 @@ class Outputs:
         if self.runtime.is_main:
             self._save_what_is_due(report)
         if not report.stopping:  # a job scheduler that asked to stop does not wait for pictures
-            self._preview(report.step, report.epoch + 1, report.epoch_ended)
+            self.previews(report.step, report.epoch + 1, report.epoch_ended)
         if self.keeping.report is not None:
             self.keeping.report.update()
 
@@ -345,49 +343,6 @@ class Outputs:
         except Exception as second:  # the first error is the one to tell
             if str(second) != str(error):
                 log.error("the weights of step %d could not be saved: %s", self.done, second)
-
-    def _preview(self, step: int, epoch: int, epoch_ended: bool, at_first: bool = False) -> None:
-        sampling = self.config.sampling
-        if not self.prompts or not preview.due(step, epoch, epoch_ended, every_n_steps=sampling.sample_every_n_steps,
-                                               every_n_epochs=sampling.sample_every_n_epochs, at_first=at_first):
-            return
-        if self.runtime.is_main:
-            try:
-                with telling(*DRAWING):
-                    self._draw(step)
-            except UserError as error:  # a full disk, too little memory, on Windows a contact sheet that a viewer has open
-                if step == 0:
-                    raise
-                log.error("no previews at step %d, training goes on: %s", step, error)
-        self.runtime.wait()
-
-    def _draw(self, step: int) -> None:
-        """All previews of one step."""
-        vae = self.encoded.vae.to(self.runtime.device)
-
-        def text(words: str) -> dict[str, torch.Tensor]:
-            with self.runtime.autocast():
-                now = self.arch.encode_text(self.encoders, [words]) if self.encoders.modules else {}
-            return {**self.encoded.prompts[words], **now}
-
-        def together(texts: Sequence[str]) -> dict[str, torch.Tensor]:
-            singles = [text(words) for words in texts]  # one by one, so that they are the same in any company
-            return {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
-
-        def draw(prompts: Sequence[Prompt]):
-            return self.arch.sample(self.denoiser, vae, prompts, together([prompt.text for prompt in prompts]),
-                                    together([prompt.negative for prompt in prompts]), self.runtime.compute_dtype)
-
-        try:
-            with evaluating(self.modules.values()):
-                rendered = preview.render_all(self.prompts, draw, self.folder / "sample", self.name, step, self.preview_batch)
-        finally:
-            if self.encoded.train.latents is not None:
-                vae.to("cpu")  # its device memory belongs to training again
-        self.preview_batch = rendered.batch_size
-        for index, picture in enumerate(rendered.images):
-            self.tracker.picture(step, f"previews/{index:02d}", picture)
-        log.info("previews of step %d: %s", step, rendered.sheet)
 
     def _write(self, modules: Mapping[str, nn.Module], path: Path, info: Mapping[str, int], averaged: bool = False) -> None:
         """One checkpoint file, with metadata that is true of it."""

@@ -35,8 +35,8 @@ class Contents:
     parts: Mapping[str, Any]
 
     def put(self, path: Path) -> None:
-        """Write the folder and read it back. UserError as ``train_state.save``; Damaged when it is not what was written. Its serial
-        is above those there and that of ``facts``, which is of the state that the run went on from."""
+        """Write the folder and read it back. UserError as ``train_state.save``; Damaged when it is not what was written. Its
+        serial is above those there and above that of ``facts``, which is of the state that the run went on from."""
         facts = replace(self.facts, serial=max(next_serial(path.parent, self.name), self.facts.serial + 1))
         size = train_state.save(path, facts, self.weights, self.parts)
         try:

@@ -47,9 +47,14 @@ def put(path, step, epoch=1):
     save(path, facts(step, epoch=epoch, serial=step), SMALL, {})
 
 
+def write(path, step, epoch, then, at_once=False):
+    put(path, step, epoch)
+    then()
+
+
 def saver(folder, states, **options):
     return StateSaver(folder, "run", StateOptions(save_state=True, **options), SavingOptions(save_every_n_steps=1), total_epochs=1,
-                      write=put, on_saved=states.upload, in_use=states.in_use)
+                      write=write, on_saved=states.upload, in_use=states.in_use)
 
 
 def folders(hub):
@@ -214,7 +219,7 @@ def test_the_same_name_again_leaves_nothing_of_the_old(hub, tmp_path):
 def test_what_is_being_uploaded_is_not_removed(tmp_path):
     reading = {tmp_path / "run-step00000001-state"}
     keep = StateSaver(tmp_path, "run", StateOptions(save_state=True, save_last_n_steps_state=1), SavingOptions(save_every_n_steps=1),
-                      total_epochs=1, write=put, in_use=reading.__contains__)
+                      total_epochs=1, write=write, in_use=reading.__contains__)
     for step in (1, 2, 3):
         keep.after_step(step, 1)
     assert (tmp_path / "run-step00000001-state").is_dir()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flux_train
-from library import build, encode, outputs, validation
+from library import build, encode, outputs, previewing, validation
 from library.app import main
 from library.out_of_memory import out_of_memory, told
 from tests.contract.conftest import dataset_file, make_pictures
@@ -66,7 +66,7 @@ def start(files, tmp_path):
 @pytest.mark.parametrize("place, name, flags, words", [
     (encode, "encode_all", (), "while pictures and captions were encoded"),
     (build, "open_engine", (), "while the model was loaded"),
-    (outputs.preview, "render_all", ("--sample_at_first",), "while previews were drawn"),
+    (previewing.preview, "render_all", ("--sample_at_first",), "while previews were drawn"),
     (outputs.Outputs, "after_step", (), "add --"),
     (validation.Validation, "measure", ("--validate_every_n_steps", "1"), "add --")])
 def test_each_phase_ends_with_one_line(start, monkeypatch, capfd, place, name, flags, words):
@@ -78,7 +78,7 @@ def test_each_phase_ends_with_one_line(start, monkeypatch, capfd, place, name, f
 
 
 def test_previews_during_training_can_be_missed(start, monkeypatch, capfd):
-    monkeypatch.setattr(outputs.preview, "render_all", fail)
+    monkeypatch.setattr(previewing.preview, "render_all", fail)
     assert start("--sample_every_n_steps", "1") == 0
     text = capfd.readouterr().err
     assert text.count("no previews at step") == 2 and "smaller sizes (--w, --h)" in text and "Traceback" not in text

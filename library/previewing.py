@@ -1,0 +1,78 @@
+"""Previews of a run: drawn when they are due, from the weights of that moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library import preview
+from library.architectures.base import Architecture, TextEncoders
+from library.config.schema import SamplingOptions
+from library.dist import Runtime
+from library.encode import Encoded
+from library.errors import UserError
+from library.log import log
+from library.out_of_memory import DRAWING, telling
+from library.prompts import Prompt
+from library.step import evaluating
+from library.trackers import Tracker
+
+
+class Previews:
+    """``prompts`` as pictures in ``folder`` and in the trackers; the first rank draws, the others wait."""
+
+    def __init__(self, options: SamplingOptions, runtime: Runtime, arch: Architecture, denoiser: nn.Module, encoders: TextEncoders,
+                 encoded: Encoded, prompts: Sequence[Prompt], folder: Path, name: str, tracker: Tracker):
+        self.options, self.runtime, self.arch = options, runtime, arch
+        self.denoiser, self.encoders, self.encoded = denoiser, encoders, encoded
+        self.prompts, self.folder, self.name, self.tracker = prompts, folder, name, tracker
+        self.batch_size = options.sample_batch_size  # as long as the memory is there
+
+    def __call__(self, step: int, epoch: int, epoch_ended: bool, at_first: bool = False) -> None:
+        """Draw them if they are due after ``step``. What goes wrong is told and missed, except before the first step: then it is
+        raised, as UserError."""
+        options = self.options
+        if not self.prompts or not preview.due(step, epoch, epoch_ended, every_n_steps=options.sample_every_n_steps,
+                                               every_n_epochs=options.sample_every_n_epochs, at_first=at_first):
+            return
+        if self.runtime.is_main:
+            try:
+                with telling(*DRAWING):
+                    self._draw(step)
+            except UserError as error:  # a full disk, too little memory, on Windows a contact sheet that a viewer has open
+                if step == 0:
+                    raise
+                log.error("no previews at step %d, training goes on: %s", step, error)
+        self.runtime.wait()
+
+    def _draw(self, step: int) -> None:
+        vae = self.encoded.vae.to(self.runtime.device)
+
+        def draw(prompts: Sequence[Prompt]):
+            return self.arch.sample(self.denoiser, vae, prompts, self._together([prompt.text for prompt in prompts]),
+                                    self._together([prompt.negative for prompt in prompts]), self.runtime.compute_dtype)
+
+        try:
+            with evaluating([self.denoiser, *self.encoders.modules.values()]):
+                rendered = preview.render_all(self.prompts, draw, self.folder, self.name, step, self.batch_size)
+        finally:
+            if self.encoded.train.latents is not None:
+                vae.to("cpu")  # its device memory belongs to training again
+        self.batch_size = rendered.batch_size
+        for index, picture in enumerate(rendered.images):
+            self.tracker.picture(step, f"previews/{index:02d}", picture)
+        log.info("previews of step %d: %s", step, rendered.sheet)
+
+    def _together(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """One by one and then joined, so that they are the same in any company."""
+        singles = [self._text(words) for words in texts]
+        return {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
+
+    def _text(self, words: str) -> Mapping[str, torch.Tensor]:
+        """What was encoded before the run, and what encoders that train say now."""
+        with self.runtime.autocast():
+            now = self.arch.encode_text(self.encoders, [words]) if self.encoders.modules else {}
+        return {**self.encoded.prompts[words], **now}
