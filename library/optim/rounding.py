@@ -20,8 +20,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from library.optim.groups import Group
+from library.optim.records import COUNTER, NOTHING, STATISTIC
+from library.optim.state import Shared, only
+from library.optim.table import record_of
 
 CHUNK_BYTES = 256 * 1024**2
+_Lifted = tuple[int, Parameter, Parameter]  # (index over all parameters, weight, its stand-in)
 _ROUND_ELEMENTS = 16 * 1024**2  # random integers drawn at a time: 64 MB
 
 
@@ -29,13 +33,13 @@ class StochasticRounding:
     """Stand-ins for the bfloat16 parameters of ``groups``, and the step that goes through them.
 
     Give ``.groups`` to ``table.build``. ``chunk_bytes`` bounds the float32 copies of weights that exist at a time (as much
-    again for their gradients); a single parameter larger than that is a chunk of its own. Parameters of other dtypes are
-    stepped as they are. With the same ``seed`` all ranks round alike, so replicas stay equal.
+    again for their gradients); a single parameter larger than that is a chunk of its own. It does not bound those of an
+    optimizer with a statistic over all parameters (``Record.keeps``). Parameters of other dtypes are stepped as they are. With the same ``seed`` all ranks round alike, so replicas stay equal.
     """
 
     def __init__(self, groups: Sequence[Group], seed: int, chunk_bytes: int = CHUNK_BYTES):
         self._seed = seed
-        self._lifted: list[tuple[int, Parameter, Parameter]] = []  # (index over all parameters, weight, its stand-in)
+        self._lifted: list[_Lifted] = []
         self._plain: list[Parameter] = []
         self._chunk_bytes = chunk_bytes
         self.groups = tuple(Group(g.name, tuple((n, self._stand_in(p)) for n, p in g.params), g.learning_rate) for g in groups)
@@ -52,29 +56,57 @@ class StochasticRounding:
     def step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """One optimizer step from the gradients of the weights, which are given up (set to None) on the way.
 
-        The rounding is a function of (seed, ``step``, index of the parameter): a resumed run repeats it.
+        The rounding is a function of (seed, ``step``, index of the parameter): a resumed run repeats it. An optimizer that sums
+        over all parameters is called once, so that float32 copies of all weights and gradients exist; one that only counts its
+        calls has the count put back between them.
         """
-        if any(parameter.grad is not None for parameter in self._plain):
-            optimizer.step()
-            for parameter in self._plain:  # or the calls below would step them again
-                parameter.grad = None
-        for chunk in self._chunks():
+        record = record_of(optimizer)
+        keeps = record.keeps if record is not None else NOTHING
+        plain = any(parameter.grad is not None for parameter in self._plain)
+        trained = [entry for entry in self._lifted if entry[1].grad is not None]
+        if keeps == STATISTIC:
+            return self._step_some(optimizer, step, trained)
+        counted = Shared(optimizer, [group.name for group in self.groups]) if keeps == COUNTER else None
+        before = counted.copy() if counted is not None else []
+        for index, chunk in enumerate([*([[]] if plain else []), *self._chunks(trained)]):
+            if counted is not None and index:
+                counted.put_back(before)
+            self._step_some(optimizer, step, chunk)
+
+    def _step_some(self, optimizer: torch.optim.Optimizer, step: int, chunk: Sequence[_Lifted]) -> None:
+        """One call of the optimizer for ``chunk`` and for the plain parameters that still have a gradient."""
+        for _, weight, stand_in in chunk:
+            stand_in.data = weight.detach().float()
+            stand_in.grad = weight.grad.float()
+            weight.grad = None
+        optimizer.step()
+        for parameter in self._plain:  # or the next call would step them again
+            parameter.grad = None
+        for index, weight, stand_in in chunk:
+            round_stochastically(stand_in.detach(), weight.detach(), _generator(self._seed, step, index, weight.device))
+            stand_in.grad = None
+            stand_in.data = _memoryless(weight)
+
+    @torch.no_grad()
+    def evaluate(self, optimizer: torch.optim.Optimizer) -> None:
+        """``optimizer.eval()`` on the weights, through the stand-ins, in float32 and rounded to nearest: they are to look at."""
+        counted = Shared(optimizer, [group.name for group in self.groups])
+        before = counted.copy()
+        chunks = self._chunks([entry for entry in self._lifted if optimizer.state.get(entry[2])])
+        for chunk in [[], *chunks]:
+            counted.put_back(before)  # or it would take the second call for one too many
             for _, weight, stand_in in chunk:
                 stand_in.data = weight.detach().float()
-                stand_in.grad = weight.grad.float()
-                weight.grad = None
-            optimizer.step()
-            for index, weight, stand_in in chunk:
-                round_stochastically(stand_in.detach(), weight.detach(), _generator(self._seed, step, index, weight.device))
-                stand_in.grad = None
+            with only(optimizer, [stand_in for _, _, stand_in in chunk] or self._plain):
+                optimizer.eval()  # type: ignore[attr-defined]
+            for _, weight, stand_in in chunk:
+                weight.detach().copy_(stand_in.detach())
                 stand_in.data = _memoryless(weight)
 
-    def _chunks(self) -> Iterator[list[tuple[int, Parameter, Parameter]]]:
-        chunk: list[tuple[int, Parameter, Parameter]] = []
+    def _chunks(self, entries: Sequence[_Lifted]) -> Iterator[list[_Lifted]]:
+        chunk: list[_Lifted] = []
         chunk_bytes = 0
-        for entry in self._lifted:
-            if entry[1].grad is None:
-                continue
+        for entry in entries:
             entry_bytes = 4 * entry[1].numel()
             if chunk and chunk_bytes + entry_bytes > self._chunk_bytes:
                 yield chunk

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from library.errors import UserError
+from library.optim import modes, table
 from library.optim.groups import Group, named_parameters
 from library.optim.rounding import StochasticRounding
+from library.optim.schedule import Curve, learning_rates
+from library.optim.state import Shared
 
 _SKIPS_UNTIL_ERROR = 40  # the scale of float16 gradients halves with every skip: after 40 it cannot be the scale
 
@@ -35,11 +39,11 @@ class UpdateInfo:
 class StepAfterBackward:
     """The plain updater: after the last micro-batch of a step, one update of all parameters.
 
-    ``schedule`` (step, total_steps) -> factor on each group's learning rate. ``max_grad_norm`` 0 turns clipping off. With
-    ``rounding``, ``optimizer`` was built over ``rounding.groups``; ``groups`` always hold the model's own parameters.
+    ``schedule``: a factor on each group's learning rate, or the rates themselves (``schedule.Curve``). ``max_grad_norm`` 0 turns clipping off. With ``rounding``, ``optimizer`` was built
+    over ``rounding.groups``; ``groups`` always hold the model's own parameters. Give it the optimizer as ``table.build`` made it.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group], schedule: Callable[[int, int], float],
+    def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group], schedule: Curve,
                  max_grad_norm: float, rounding: StochasticRounding | None = None):
         self._optimizer = optimizer
         self._groups = tuple(groups)
@@ -49,6 +53,8 @@ class StepAfterBackward:
         self._parameters = named_parameters(groups)
         self._stepped = named_parameters(rounding.groups if rounding else groups)  # what the optimizer's state belongs to
         self._skips_in_a_row = 0
+        self._shared = Shared(optimizer, [group.name for group in groups])
+        self._evaluating = False
         held = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
         named = [[id(p) for _, p in group.params] for group in (rounding.groups if rounding else groups)]
         assert held == named, "the optimizer was built over other parameters than the updater's groups"
@@ -61,6 +67,7 @@ class StepAfterBackward:
         for the device is for the gradient norm, needed before the step so that a NaN never reaches a weight.
         Raises NonFinite, with the weights as they were, naming the step (counted from 1, as shown to users) and the parameters.
         """
+        assert not self._evaluating, "a step inside evaluating()"
         if not last_microbatch:
             return None
         if scaler is not None:
@@ -74,7 +81,7 @@ class StepAfterBackward:
         self._skips_in_a_row = self._skips_in_a_row + 1 if skipped else 0
         if skipped and (scaler is None or self._skips_in_a_row >= _SKIPS_UNTIL_ERROR):
             raise self._non_finite(norm, step)
-        learning_rate = self._set_learning_rates(self._schedule(step, total_steps))
+        learning_rate = self._set_learning_rates(step, total_steps)
         if not skipped:
             if 0 < self._max_grad_norm < norm + 1e-6:  # 1e-6: as in clip_grad_norm_, of which this is the second half
                 clip_grads_with_norm_(trained, self._max_grad_norm, norm_tensor)
@@ -91,10 +98,34 @@ class StepAfterBackward:
         else:
             self._optimizer.step()
 
-    def _set_learning_rates(self, factor: float) -> float:
-        for group, held in zip(self._groups, self._optimizer.param_groups, strict=True):
-            held["lr"] = group.learning_rate * factor
-        return self._groups[0].learning_rate * factor
+    def _set_learning_rates(self, step: int, total_steps: int) -> float:
+        rates = learning_rates(self._schedule, step, total_steps, [group.learning_rate for group in self._groups])
+        for rate, held in zip(rates, self._optimizer.param_groups, strict=True):
+            held["lr"] = rate
+        return rates[0]
+
+    def learning_rates(self) -> dict[str, float]:
+        """By group, as of the last step; times the step size that the optimizer found itself (Prodigy, D-Adaptation)."""
+        return {group.name: held["lr"] * float(held.get("d", 1.0))
+                for group, held in zip(self._groups, self._optimizer.param_groups, strict=True)}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around previews, validation and the saving of weights: a schedule-free optimizer delivers others than it trains at.
+
+        Afterwards the weights are those of the training again, bit for bit. No step, and no ``state_dict``, inside. Does nothing
+        for all other optimizers.
+        """
+        if not table.has_modes(self._optimizer) or self._evaluating:
+            yield
+            return
+        pairs = list(zip(self._parameters.values(), self._stepped.values(), strict=True))
+        self._evaluating = True
+        try:
+            with modes.evaluating(self._optimizer, pairs, self._rounding):
+                yield
+        finally:
+            self._evaluating = False
 
     def _non_finite(self, norm: float, step: int) -> NonFinite:
         bad = [name for name, p in self._parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
@@ -104,11 +135,14 @@ class StepAfterBackward:
                          "pictures in this step")
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """The optimizer's state by parameter name: {name: {key: tensor or number}}. Tensors are the live ones, not copies.
+        """The optimizer's state by parameter name: {name: {key: tensor, number or tuple}}. Tensors are the live ones, not copies.
 
+        Where the optimizer keeps numbers for a whole group or for all, there are entries ``group:NAME`` and ``optimizer:`` too.
         Learning rates and other settings are not part of it: they come from the configuration of the run that continues.
         """
-        return {name: dict(self._optimizer.state.get(parameter, {})) for name, parameter in self._stepped.items()}
+        assert not self._evaluating, "the state belongs to the weights of the training: not inside evaluating()"
+        own = {name: dict(self._optimizer.state.get(parameter, {})) for name, parameter in self._stepped.items()}
+        return {**own, **self._shared.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over a state made by ``state_dict``, bit for bit. UserError when it is of other parameters.
@@ -116,16 +150,28 @@ class StepAfterBackward:
         The optimizers' own load_state_dict is avoided: it matches parameters by position, and casts float state to the dtype of
         the weights, which for bfloat16 weights loses most of it.
         """
-        if state.keys() != self._stepped.keys():
-            stray = sorted(state.keys() ^ self._stepped.keys())
+        shared = {name: values for name, values in state.items() if ":" in name}
+        stray = sorted((state.keys() - shared.keys()) ^ self._stepped.keys())
+        if stray:
             raise UserError(f"the saved optimizer state is of other weights ({len(stray)} names stand on one side only, such as "
                             f"{stray[0]!r})", remedy="resume with the model and the settings that the state was saved with")
-        settings = {id(parameter): group for group in self._optimizer.param_groups for parameter in group["params"]}
+        self._shared.load_state_dict(shared)
+        places = {id(parameter): (gindex, pindex) for gindex, group in enumerate(self._optimizer.param_groups)
+                  for pindex, parameter in enumerate(group["params"])}
         for name, parameter in self._stepped.items():
             self._optimizer.state.pop(parameter, None)
             if state[name]:  # optimizers take an absent entry, not an empty one, for a parameter that was never stepped
-                values = {key: _placed(key, value, parameter, settings[id(parameter)]) for key, value in state[name].items()}
-                self._optimizer.state[parameter] = values
+                self._take_over(state[name], parameter, *places[id(parameter)])
+
+    def _take_over(self, saved: Mapping[str, Any], parameter: Tensor, gindex: int, pindex: int) -> None:
+        group = self._optimizer.param_groups[gindex]
+        values = {key: _placed(key, value, parameter, group) for key, value in saved.items()}
+        if getattr(self._optimizer, "is_paged", False):  # bitsandbytes: only memory that it allocates itself can be paged
+            self._optimizer.init_state(group, parameter, gindex, pindex)
+            for key in ("state1", "state2"):
+                if key in values:
+                    values[key] = self._optimizer.state[parameter][key].copy_(values[key])
+        self._optimizer.state[parameter] = values
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
