@@ -67,8 +67,8 @@ class PrecisionOptions:
 class OptimizerOptions:
     title: ClassVar[str] = "Optimizer"
 
-    optimizer_type: str = flag("AdamW", "AdamW, AdamW8bit, Adafactor, Lion, Prodigy or another one of docs/optimizers.md (upper or "
-                               "lower case), or package.module.Class", metavar="NAME")
+    optimizer_type: str = flag("AdamW", "AdamW, AdamW8bit, Adafactor, Lion, Prodigy or another one of "
+                               "docs/optimizers.md (upper or lower case), or package.module.Class", metavar="NAME")
     optimizer_args: tuple[str, ...] = flag((), 'its own arguments, for instance weight_decay=0.01 "betas=0.9,0.99"',
                                            nargs="+", metavar="K=V")
     use_8bit_adam: bool = flag(False, "old name of --optimizer_type AdamW8bit")

@@ -18,7 +18,10 @@ def read(args: Sequence[str], factory: Callable, *, owner: str, place: str, rese
     user; ``refused``: argument -> why it cannot be used (its off values, False, 0 and None, pass). Raises UserError, at
     ``place``, for all that, for an unknown name, and for a value of another type than the signature's default shows.
     """
-    known, open_ended = parameters(factory)
+    try:
+        known, open_ended = parameters(factory)
+    except (TypeError, ValueError):
+        raise UserError(f"{owner} cannot be called with arguments by name", place=place, remedy="name another class") from None
     offered = [name for name in known if name not in hidden and name not in reserved]
     arguments: dict[str, Any] = {}
     for arg in args:

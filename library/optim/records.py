@@ -19,7 +19,8 @@ class Record:
 
     ``defaults``: keyword arguments unless the user gives them. ``refused``: argument -> why it cannot be used here.
     ``bytes_per_parameter``: of float32 state, whatever the dtype of the weights (they are stepped as float32);
-    ``bytes_if``: argument -> that many more when it is on; ``factored``: statistics kept as rows and columns of a matrix.
+    ``bytes_if``: argument -> that many more when it is on; ``small_bytes``: instead, of weights too small for 8 bits;
+    ``factored``: number of statistics that are kept as the rows and columns of a matrix.
     ``fused``: takes ``fused=True``, which needs no temporary copies of all parameters, on CPU and CUDA.
     ``noisy_logger``: warns on import about things we do not use.
     ``keeps``: NOTHING, COUNTER or STATISTIC. ``one_rate``: all groups must have the same learning rate.
@@ -35,6 +36,7 @@ class Record:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     bytes_if: Mapping[str, float] = field(default_factory=dict)
+    small_bytes: float = 0.0
     factored: int = 0
     fused: bool = False
     noisy_logger: str = ""
@@ -57,6 +59,8 @@ class Record:
         given = {**self.defaults, **arguments}
         each = self.bytes_per_parameter + sum(more for key, more in self.bytes_if.items() if given.get(key))
         numbers = prod(shape)
+        if self.small_bytes and numbers < given.get("min_8bit_size", 4096):
+            return round(self.small_bytes * numbers)
         if self.factored and len(shape) >= 2:
             return round(each * numbers + 4 * self.factored * (shape[0] + numbers // max(1, shape[0])))
         return round((each + (4 if self.factored else 0)) * numbers)
@@ -79,7 +83,9 @@ def _torch(name: str, each: float, fused: bool = False, **more: Any) -> Record:
 
 
 def _bitsandbytes(name: str, each: float, cls: str = "", **more: Any) -> Record:
+    small = round(each) * 4.0 if name.endswith("8bit") else 0.0  # float32 instead of bytes
     return Record(name, f"bitsandbytes.optim.{cls or name}", "bitsandbytes", each, noisy_logger="bitsandbytes.backends.cpu.ops",
+                  small_bytes=small,
                   refused={} if name.startswith("Paged") else _UNPAGED, paged=name.startswith("Paged"), **more)
 
 

@@ -34,7 +34,8 @@ class StochasticRounding:
 
     Give ``.groups`` to ``table.build``. ``chunk_bytes`` bounds the float32 copies of weights that exist at a time (as much
     again for their gradients); a single parameter larger than that is a chunk of its own. It does not bound those of an
-    optimizer with a statistic over all parameters (``Record.keeps``). Parameters of other dtypes are stepped as they are. With the same ``seed`` all ranks round alike, so replicas stay equal.
+    optimizer with a statistic over all parameters (``Record.keeps``). Parameters of other dtypes are stepped as they are.
+    With the same ``seed`` all ranks round alike, so replicas stay equal.
     """
 
     def __init__(self, groups: Sequence[Group], seed: int, chunk_bytes: int = CHUNK_BYTES):

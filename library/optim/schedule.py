@@ -156,7 +156,8 @@ def read_rules(text: str) -> tuple[tuple[float, float], ...]:
         raise UserError(f"{text!r} are not step_rules", place=place, remedy=remedy) from None
     ends = [end for _, end in rules]
     if ends != sorted(set(ends)) or ends[0] <= 0 or any(not 0 <= factor < math.inf for factor, _ in rules):
-        raise UserError(f"the steps of step_rules have to rise, and its factors to be 0 or more ({text})", place=place, remedy=remedy)
+        raise UserError(f"the steps of step_rules have to rise, and its factors to be 0 or more ({text})", place=place,
+                        remedy=remedy)
     return tuple(rules)
 
 

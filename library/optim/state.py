@@ -41,8 +41,10 @@ class Shared:
     def copy(self) -> list[dict[str, Any]]:
         """All shared numbers as they are, for ``put_back``: around calls that would each count as a step of their own."""
         optimizer = self._optimizer
-        groups = [{key: _copied(value) for key, value in group.items() if key not in _OUTSIDE} for group in optimizer.param_groups]
-        own = {f".{key}": _copied(value) for key, value in vars(optimizer).items() if type(value) in (int, float) or _tensor(value)}
+        groups = [{key: _copied(value) for key, value in group.items() if key not in _OUTSIDE}
+                  for group in optimizer.param_groups]
+        own = {f".{key}": _copied(value) for key, value in vars(optimizer).items()
+               if type(value) in (int, float) or _tensor(value)}
         own |= {key: _copied(value) for key, value in optimizer.state.items() if isinstance(key, str)}
         return [*groups, own]
 

@@ -79,7 +79,8 @@ def remarks(name: str, lr_scheduler: str, max_grad_norm: float) -> tuple[str, ..
         found.append(f"{record.name} averages its weights instead of lowering the learning rate; --lr_scheduler {lr_scheduler} "
                      "lowers it as well, and constant is what it was made for")
     if record.name == "ProdigyPlusScheduleFree" and max_grad_norm:
-        found.append(f"{record.name} estimates the step size from the gradients as they are; --max_grad_norm 0 turns clipping off")
+        found.append(f"{record.name} estimates the step size from the gradients as they are; --max_grad_norm 0 turns "
+                     "clipping off")
     return tuple(found)
 
 
@@ -94,8 +95,9 @@ def build(name: str, args: Sequence[str], groups: Sequence[Group], learning_rate
     rates = {group.name: group.learning_rate for group in groups}
     if record.one_rate and len(set(rates.values())) > 1:
         shown = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-        raise UserError(f"{record.name} has one step size for all groups, but their learning rates differ ({shown})", place=_PLACE,
-                        remedy="give all of them the same learning rate, or use ProdigyPlusScheduleFree, which has one for each")
+        raise UserError(f"{record.name} has one step size for all groups, but their learning rates differ ({shown})",
+                        place=_PLACE, remedy="give all of them the same learning rate, or use ProdigyPlusScheduleFree, which "
+                                             "has one for each")
     param_groups = [{"params": [p for _, p in group.params], "lr": group.learning_rate} for group in groups]
     optimizer = _make(record, args, param_groups, learning_rate)
     if has_modes(optimizer):
@@ -146,7 +148,8 @@ def _make(record: Record, args: Sequence[str], param_groups: list[dict[str, Any]
     except Exception as error:
         raise _unusable(record, args, error) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(f"{record.name} is not an optimizer of torch", place=_PLACE, remedy="name a subclass of torch.optim.Optimizer")
+        raise UserError(f"{record.name} is not an optimizer of torch", place=_PLACE,
+                        remedy="name a subclass of torch.optim.Optimizer")
     optimizer.kiln_record = record  # type: ignore[attr-defined]
     return optimizer
 

@@ -39,8 +39,9 @@ class UpdateInfo:
 class StepAfterBackward:
     """The plain updater: after the last micro-batch of a step, one update of all parameters.
 
-    ``schedule``: a factor on each group's learning rate, or the rates themselves (``schedule.Curve``). ``max_grad_norm`` 0 turns clipping off. With ``rounding``, ``optimizer`` was built
-    over ``rounding.groups``; ``groups`` always hold the model's own parameters. Give it the optimizer as ``table.build`` made it.
+    ``schedule``: a factor on each group's learning rate, or the rates themselves (``schedule.Curve``).
+    ``max_grad_norm`` 0 turns clipping off. With ``rounding``, ``optimizer`` was built over ``rounding.groups``; ``groups`` always
+    hold the model's own parameters. ``optimizer`` has to be as ``table.build`` made it: what changes from then on is state.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group], schedule: Curve,
