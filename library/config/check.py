@@ -141,7 +141,7 @@ def _precision(config: Config) -> Iterator[Problem]:
 def _length(config: Config) -> Iterator[Problem]:
     optimizer, steps = config.optimizer, config.training.max_train_steps
     warmup, name = optimizer.lr_warmup_steps, optimizer.lr_scheduler
-    if optimizer.lr_scheduler_type is not None:
+    if optimizer.lr_scheduler_type:
         if warmup:
             yield conflict(config, "lr_warmup_steps lr_scheduler_type", "a scheduler class is not warmed up from outside",
                            "leave it out, or chain one: torch.optim.lr_scheduler.LinearLR warms up")
@@ -160,7 +160,7 @@ def _length(config: Config) -> Iterator[Problem]:
     if name == "piecewise_constant" and not optimizer.lr_scheduler_args:
         yield conflict(config, "lr_scheduler_args lr_scheduler", "piecewise_constant needs its steps",
                        "add --lr_scheduler_args step_rules=1:100,0.1:200,0.01")
-    if optimizer.lr_scheduler_args and name != "piecewise_constant" and optimizer.lr_scheduler_type is None:
+    if optimizer.lr_scheduler_args and name != "piecewise_constant" and not optimizer.lr_scheduler_type:
         yield conflict(config, "lr_scheduler_args lr_scheduler_type", f"--lr_scheduler {name} takes no such arguments",
                        "name the class that they are for with --lr_scheduler_type, or leave them out")
 

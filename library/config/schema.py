@@ -87,8 +87,8 @@ class OptimizerOptions:
                                               off="0", default_text="the warm-up, or 10000")
     lr_scheduler_min_lr_ratio: float | None = flag(None, "end of the fall, as a share of --learning_rate (cosine_with_min_lr, "
                                                    "polynomial, warmup_stable_decay)", minimum=0, maximum=1, default_text="0")
-    lr_scheduler_type: str | None = flag(None, "instead of --lr_scheduler: a class of torch.optim.lr_scheduler, or "
-                                         "package.module.Class", metavar="NAME")
+    lr_scheduler_type: str = flag("", "instead of --lr_scheduler: a class of torch.optim.lr_scheduler, or "
+                                         "package.module.Class", metavar="NAME", default_text="none")
     lr_scheduler_args: tuple[str, ...] = flag((), "its arguments, for instance gamma=0.99; for piecewise_constant "
                                               "step_rules=1:100,0.1:200,0.01", nargs="+", metavar="K=V")
 

@@ -129,7 +129,7 @@ RECORDS = (
            note=f"{_RATE_NOTE}; slice_p=11 brings the state down to 9 bytes; {_STATISTIC_NOTE}"),
     Record("ProdigyPlusScheduleFree", "prodigyplus.ProdigyPlusScheduleFree", "prodigy-plus-schedule-free", 4 + 4 / 11, factored=1,
            keeps=STATISTIC, own_rate=True, modes=True, aliases=("Prodigy+ScheduleFree", "ProdigyScheduleFree"),
-           refused={"fused_back_pass": "when to step is decided by the trainer"}, bytes_if={},
+           refused={"fused_back_pass": "when to step is decided by the trainer"},
            note="each group finds its own step size; made for --max_grad_norm 0 and a constant schedule; " + _STATISTIC_NOTE),
     _dadaptation("DAdaptation", 12, "experimental.DAdaptAdamPreprint", aliases=("DAdaptAdamPreprint",)),
     _dadaptation("DAdaptAdaGrad", 12, refused={}), _dadaptation("DAdaptAdam", 12), _dadaptation("DAdaptAdan", 20),
