@@ -27,7 +27,7 @@ def missing(record: Record) -> bool:
 
 
 def param(record: Record):
-    reason = f"{record.name} needs pip install {record.package} (requirements-dev.txt)"
+    reason = f"{record.name} needs pip install {record.package} (listed in requirements.txt or requirements-dev.txt)"
     marks = [pytest.mark.skipif(missing(record), reason=reason), pytest.mark.filterwarnings("ignore:Paged optimizers:UserWarning")]
     return pytest.param(record, id=record.name, marks=marks)
 
