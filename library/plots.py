@@ -72,8 +72,9 @@ def write_rate_curve(steps: Sequence[int], rates: Mapping[str, Sequence[float]],
     axes.set(xlabel="step", ylabel="learning rate", title=title)
     axes.set_ylim(bottom=0)  # a constant rate would otherwise be drawn over its own rounding
     axes.grid(alpha=0.3)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 3))
     if len(rates) > 1:
-        axes.legend(frameon=False)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)  # curves go everywhere: no free corner inside
     _write_png(figure, png_path)
 
 
