@@ -49,7 +49,7 @@ class Outputs:
     """Decides after each step what is due and writes it, on the first rank; the others wait. A context manager.
 
     ``rates(step)``: each group's learning rate in step number ``step``; ``step_flops``: see ``Measures``; ``reading()``: a
-    context in which the weights of all modules can be read.
+    context in which the weights of all modules can be read; ``delivered()``: one in which they are those to save and draw with.
     """
 
     def __init__(self, config: Config, runtime: Runtime, arch: Architecture, method: ModuleType, denoiser: nn.Module,
@@ -57,13 +57,15 @@ class Outputs:
                  total_steps: int, steps_per_epoch: int, validate: Callable[[StepReport], float | None], facts: Facts,
                  rates: Callable[[int], Mapping[str, float]], uploader: Uploader, keeping: Keeping,
                  step_flops: Callable[[StepReport], float] | None = None,
-                 reading: Callable[[], AbstractContextManager] = nullcontext):
+                 reading: Callable[[], AbstractContextManager] = nullcontext,
+                 delivered: Callable[[], AbstractContextManager] = nullcontext):
         self.config, self.runtime, self.arch, self.method = config, runtime, arch, method
         self.denoiser, self.encoders, self.encoded = denoiser, encoders, encoded
         self.modules: dict[str, nn.Module] = {DENOISER: denoiser, **encoders.modules}
         self.prompts, self.resolution = prompts, resolution
         self.total_steps, self.steps_per_epoch, self.validate = total_steps, steps_per_epoch, validate
         self.facts, self.uploader, self.keeping, self.reading = facts, uploader, keeping, reading
+        self.delivered = delivered
         saving = config.saving
         self.folder: Path = saving.output_dir
         self.name = saving.output_name
@@ -72,7 +74,7 @@ class Outputs:
         self.stored_dtype = STORED[saving.stored_dtype(config.weights_dtype)]
         main = runtime.is_main
         needed = method.saved_bytes(arch, self.modules, self.stored_dtype, self.format) if main else 0
-        self.writer = Writer(self.modules, self._write, needed, beside=saving.async_save and main, reading=reading,
+        self.writer = Writer(self.modules, self._write, needed, beside=saving.async_save and main, reading=self._delivered,
                              on_failure=self._not_saved)
         self.saver = Saver(
             self.folder, self.name, total_epochs=math.ceil(total_steps / steps_per_epoch), write=self.writer.write,
@@ -103,6 +105,11 @@ class Outputs:
         if path is not None and first:
             keep_rows(path, first, (*CSV_FIELDS, *columns))
         return StepLog(path, columns, append=bool(first))
+
+    @contextmanager
+    def _delivered(self) -> Iterator[None]:
+        with self.delivered(), self.reading():
+            yield
 
     def _average_saver(self, suffix: str) -> Saver:
         """Files of the averaged weights, at the same moments as the others and under a name of their own."""
@@ -308,7 +315,7 @@ class Outputs:
                                     self.runtime.compute_dtype)
 
         try:
-            with evaluating(self.modules.values()):
+            with self.delivered(), evaluating(self.modules.values()):
                 rendered = preview.render_all(self.prompts, draw, self.folder / "sample", self.name, step)
         finally:
             if self.encoded.train.latents is not None:

@@ -24,7 +24,7 @@ from library.memory.plan_text import WIDTH, cards_table, describe
 from library.memory.planner import Planner, gigabytes
 from library.memory.setting import Fixed, Optimizer, Setting
 from library.objectives.noise import Draws
-from library.optim import states, table
+from library.optim import fitting, states, table
 from library.step import training_losses
 
 if TYPE_CHECKING:
@@ -72,7 +72,10 @@ class RunPlan:
         config = self.config
         clipped = setting.unit != "model" and bool(config.optimizer.max_grad_norm)  # which was asked for by name
         scaled = setting.unit != "model" and config.precision.mixed_precision == "fp16"
-        return offered(setting) and not clipped and not scaled and all(
+        record = table.find(config.optimizer.chosen_type)
+        summed = setting.unit != "model" and not fitting.steps_in_backward(record)
+        stuck = setting.stream_states and not fitting.streams_states(record)
+        return offered(setting) and not (clipped or scaled or summed or stuck) and all(
             config.origins[name] == DEFAULT or getattr(config.memory, name) == value for name, value in flags_of(setting).items())
 
     def _choose(self, budget: int) -> None:
@@ -171,9 +174,10 @@ def _samples(facts: GroupFacts) -> int:
 
 def _optimizer(config: Config) -> Optimizer:
     options = config.optimizer
-    record, of_shape = table.find(options.optimizer_type), states.state_bytes(options.optimizer_type, options.optimizer_args)
+    record, of_shape = table.find(options.chosen_type), states.state_bytes(options.chosen_type, options.optimizer_args)
     eager = not (record.fused or record.package == "bitsandbytes")
-    return Optimizer(record.name, lambda weight: of_shape(weight.shape), 8 if eager else 0)  # two float32 copies on the way
+    return Optimizer(record.name, lambda weight: of_shape(weight.shape), 8 if eager else 0,  # two float32 copies on the way
+                     record.per_parameter)
 
 
 def setting_of(config: Config) -> Setting:

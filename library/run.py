@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from library.data.tokens import Counted, count_longest
 from library.errors import UserError, raise_all
 from library.interrupt import stop_requested
 from library.log import log, setup_logging
-from library.optim import schedule, table
+from library.optim import fitting, schedule
 from library.prompts import Prompt, parse_prompts, with_seeds
 from library.saving import endangered
 from library.trackers import tracker_arguments
@@ -110,7 +110,7 @@ def run(entry: Entry, config: Config) -> None:
     if runtime.is_main:  # it may read pictures of equal length to see whether they are the same
         captions, prompts = count_tokens(entry, config, data)
         tell(findings.gather(data.scan, data.selection, plan, captions) + findings.too_long(prompts, "preview prompt"))
-    rates = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
+    rates = schedule.from_options(optimizer, total_steps)
     encoded = encode(config, data, arch, runtime, total_steps, training)
     denoiser = arch.load_denoiser(loading_device(config.memory, runtime.device), weights_dtype(config))
     encoders = arch.load_text_encoders(training, runtime.device, weights_dtype(config)) if training else NO_ENCODERS
@@ -122,17 +122,16 @@ def run(entry: Entry, config: Config) -> None:
     if saved is not None:
         task = states.restore(saved, task, weights, ema, engine.readable)
 
-    def group_rates(step: int) -> dict[str, float]:
-        return {group.name: group.learning_rate * rates(step - 1, total_steps) for group in groups}
-
     def write_state(path: Path, step: int, epoch: int) -> None:
         states.write(path, step, epoch, facts, config.saving.output_name, task, weights, ema, engine.readable)
 
     keeping = states.Keeping(write_state, task.first_step, ema,
-                             open_report(entry, config, data, plan, total_steps, group_rates) if runtime.is_main else None)
+                             open_report(entry, config, data, plan, total_steps,
+                                         fitting.planned_rates(config, rates, groups, total_steps)) if runtime.is_main else None)
     with Outputs(config, runtime, arch, method, denoiser, encoders, encoded, data.prompts, data.resolution,
                  total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch, reading=engine.readable,
-                 validate=build_validation(config, runtime, data, task), uploader=uploader, rates=group_rates,
+                 validate=build_validation(config, runtime, data, task), uploader=uploader, rates=partial(task.updater.rates_at, total_steps),
+                 delivered=lambda: states.delivered(task.updater, engine.readable),
                  facts=facts_of(config, data, arch, plan, groups, rates, total_steps), keeping=keeping) as outputs:
         log.info("ready after %.1f s; steps in all: %d", time.monotonic() - started, total_steps)
         outputs.before_training()
@@ -240,10 +239,9 @@ def begin_log(config: Config) -> None:
 
 def open_inputs(entry: Entry, config: Config) -> tuple[DataPlan, Architecture]:
     """The data and the model's files, both only as far as their headers: all refusals happen here."""
-    optimizer = config.optimizer
-    data = read_data(config, also=[lambda: table.find(optimizer.optimizer_type), lambda: _check_thumbnail(config),
+    data = read_data(config, also=[lambda: fitting.require_fit(config), lambda: _check_thumbnail(config),
                                    lambda: tracker_arguments(config.logging.log_tracker_config)])
-    table.check(optimizer.optimizer_type, optimizer.optimizer_args)  # tries it out, which takes torch
+    fitting.try_out(config)  # which takes torch
     arch = architecture_of(entry).open_architecture(config.model, config.architecture, config.objective)
     for line in arch.describe().splitlines():
         log.info(line)
@@ -263,7 +261,7 @@ def open_uploader(config: Config) -> Uploader:
 
 
 def facts_of(config: Config, data: DataPlan, arch: Architecture, plan: plans.StepPlan, groups: Sequence[Group],
-             rates: schedule.Schedule, total_steps: int) -> Facts:
+             rates: schedule.Curve, total_steps: int) -> Facts:
     """What saved files say of this run."""
     from library.run_metadata import Facts
 
@@ -272,12 +270,12 @@ def facts_of(config: Config, data: DataPlan, arch: Architecture, plan: plans.Ste
         config, data.items, held_out=len(data.selection.validation),
         rates={group.name: group.learning_rate for group in groups if group.name not in encoders}, encoder_rates=encoders,
         batches_per_epoch=plan.batches_per_epoch, total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch,
-        warmup_steps=rates.warmup_steps, world_size=plan.world_size,
+        warmup_steps=getattr(rates, "warmup_steps", 0), world_size=plan.world_size,
         objective=getattr(arch, "objective_options", config.objective), base_version=getattr(arch, "base_version", None))
 
 
 def open_report(entry: Entry, config: Config, data: DataPlan, plan: plans.StepPlan, total_steps: int,
-                rates: Callable[[int], Mapping[str, float]]) -> Report:
+                rates: Callable[[int], Mapping[str, float]] | None) -> Report:
     """The page about this run, kept up to date beside its results."""
     from library.report.report import Report, data_sheet
 
@@ -366,6 +364,7 @@ def count_steps(config: Config, steps_per_epoch: int) -> int:
 
 def build_validation(config: Config, runtime: Runtime, data: DataPlan, task: Task) -> Callable[[StepReport], float | None]:
     """Measures the loss on the held-out pictures after the steps at which that is due; None at all others."""
+    from library.states import delivered
     from library.validation import Schedule, Validation
 
     held_out, options = task.encoded.validation, config.dataset
@@ -376,5 +375,8 @@ def build_validation(config: Config, runtime: Runtime, data: DataPlan, task: Tas
     validation = Validation(held_out, plan, options.max_validation_steps)
 
     def validate(report: StepReport) -> float | None:
-        return validation.measure(task) if times.due(report.step, report.epoch + 1, report.epoch_ended) else None
+        if not times.due(report.step, report.epoch + 1, report.epoch_ended):
+            return None
+        with delivered(task.updater, task.readable):
+            return validation.measure(task)
     return validate
