@@ -6,6 +6,7 @@ import os
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from library.architectures.base import NO_ENCODERS, Architecture
 from library.config.loss_options import LossOptions
 from library.config.parse import DEFAULT
-from library.data.plan import GroupFacts, group_facts
+from library.data.plan import GroupFacts, StepPlan, group_facts
 from library.errors import UserError
 from library.memory.cards import CARDS, Card, named, with_memory
 from library.memory.measure import measure
@@ -24,7 +25,9 @@ from library.memory.plan_text import WIDTH, cards_table, describe
 from library.memory.planner import Planner, gigabytes
 from library.memory.setting import Fixed, Optimizer, Setting
 from library.objectives.noise import Draws
-from library.optim import fitting, states, table
+from library.optim import fitting, schedule, states, table
+from library.optim.groups import Group
+from library.plots import write_rate_curve
 from library.step import training_losses
 
 if TYPE_CHECKING:
@@ -43,19 +46,22 @@ class RunPlan:
     """
 
     def __init__(self, config: Config, items: Items, batch_sizes: Sequence[int], arch: Architecture,
-                 prepare: Callable[..., object], cuda: bool):
+                 prepare: Callable[..., Sequence[Group]], cuda: bool):
         self.config, self._arch, self._cuda = config, arch, cuda
         self.card = _this_card()
         self.largest = max(group_facts(items, batch_sizes), key=_work)
         self.notes: list[str] = []
         rates = arch.encoder_rates(config.optimizer.learning_rate)
+        self._rates, self._lengths = {"denoiser": config.optimizer.learning_rate, **rates}, (items, batch_sizes)
         if rates:
             self.notes.append(f"not counted: {', '.join(rates)}, which train too")
 
-        def trains(denoiser: nn.Module) -> object:
+        def trains(denoiser: nn.Module) -> None:
             if rates:
-                return denoiser.requires_grad_(True)
-            return prepare(arch, denoiser, NO_ENCODERS, config.optimizer.learning_rate)
+                denoiser.requires_grad_(True)
+                return
+            groups = prepare(arch, denoiser, NO_ENCODERS, config.optimizer.learning_rate)
+            self._rates = {group.name: group.learning_rate for group in groups}
         self.measured = measure_step(arch, config.loss, self.largest.bucket, _samples(self.largest),
                                      _WEIGHTS[config.weights_dtype], _COMPUTE[config.precision.mixed_precision], trains, cuda)
         self.planner = Planner(self.measured, self._fixed(items, tuple(rates)), self._allowed)
@@ -116,6 +122,22 @@ class RunPlan:
                  for line in textwrap.wrap(note, WIDTH - 2, initial_indent="- ", subsequent_indent="  ")]
         lines = [*head, *describe(needs, self.card), *self._cards(needs)]
         return "\n".join([*lines, *(["", *notes] if notes else []), "", "No weights were read, and nothing was trained."])
+
+    def draw_rates(self) -> Path:
+        """Draw the course of the learning rates over the run; returns where."""
+        config, (items, batch_sizes) = self.config, self._lengths
+        plan = StepPlan(items, batch_sizes, config.general.seed, int(os.environ.get("WORLD_SIZE") or 1),
+                        config.training.gradient_accumulation_steps)
+        epochs = config.training.max_train_epochs
+        total = epochs * plan.steps_per_epoch if epochs else config.training.max_train_steps
+        options = config.optimizer
+        steps, values = schedule.curve(schedule.from_options(options, total), total, list(self._rates.values()))
+        own = table.find(options.chosen_type).own_rate
+        title = f"{options.lr_scheduler_type or options.lr_scheduler}{', times the step size that the optimizer finds' if own else ''}"
+        path = config.saving.output_dir / f"{config.saving.output_name}_schedule.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rate_curve(steps, dict(zip(self._rates, values, strict=True)), path, title)
+        return path
 
     def _cards(self, needs: Needs) -> list[str]:
         """What would fit elsewhere, whatever flags were given here."""

@@ -130,8 +130,9 @@ def run(entry: Entry, config: Config) -> None:
                                          fitting.planned_rates(config, rates, groups, total_steps)) if runtime.is_main else None)
     with Outputs(config, runtime, arch, method, denoiser, encoders, encoded, data.prompts, data.resolution,
                  total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch, reading=engine.readable,
-                 validate=build_validation(config, runtime, data, task), uploader=uploader, rates=partial(task.updater.rates_at, total_steps),
-                 delivered=lambda: states.delivered(task.updater, engine.readable),
+                 validate=build_validation(config, runtime, data, task), uploader=uploader,
+                 rates=partial(task.updater.rates_at, total_steps),
+                 delivered=partial(states.delivered, task.updater, engine.readable),
                  facts=facts_of(config, data, arch, plan, groups, rates, total_steps), keeping=keeping) as outputs:
         log.info("ready after %.1f s; steps in all: %d", time.monotonic() - started, total_steps)
         outputs.before_training()
@@ -174,9 +175,10 @@ def open_plan(config: Config, data: DataPlan, arch: Architecture, method: Any) -
 
 
 def show_plan(plan_memory: Callable[[], RunPlan]) -> None:
-    """Print the table of ``--plan``."""
+    """Print the table of ``--plan`` and draw the learning rate."""
     if os.environ.get("RANK", "0") == "0":
         print(plan_memory().text(), flush=True)
+        log.info("the course of the learning rate is drawn in %s", plan_memory().draw_rates())
 
 
 def fit_budget(config: Config, plan_memory: Callable[[], RunPlan]) -> Config:

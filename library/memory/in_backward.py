@@ -273,7 +273,7 @@ class StepInBackward(Updating, Listener):
             with holding(self._optimizer, [[trial] if number == group_of[id(like)] else [] for number in groups]):
                 self._optimizer.step()
             self._shared.put_back(before)
-            return self._optimizer.state.pop(trial)
+            return self._optimizer.state.pop(trial, {})  # plain SGD keeps nothing
 
         stepped = [[self._stepped[name_of[id(p)]] for p in trained] for trained in self._streaming.trained]
         return StreamedStates(self._streaming, self._optimizer, stepped, probe_states(step))

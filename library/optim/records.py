@@ -19,8 +19,8 @@ class Record:
 
     ``defaults``: keyword arguments unless the user gives them. ``refused``: argument -> why it cannot be used here.
     ``bytes_per_parameter``: of float32 state, whatever the dtype of the weights (they are stepped as float32);
-    ``bytes_if``: argument -> that many more when it is on; ``small_bytes``: instead, of weights too small for 8 bits; ``vector_bytes``: of vectors;
-    ``factored``: number of statistics that are kept as the rows and columns of a matrix.
+    ``bytes_if``: argument -> that many more when it is on; ``small_bytes``: instead, of weights too small for 8 bits;
+    ``vector_bytes``: of vectors; ``factored``: number of statistics that are kept as the rows and columns of a matrix.
     ``fused``: takes ``fused=True``, which needs no temporary copies of all parameters, on CPU and CUDA.
     ``noisy_logger``: warns on import about things we do not use.
     ``keeps``: NOTHING, COUNTER or STATISTIC. ``one_rate``: all groups must have the same learning rate.
@@ -126,8 +126,8 @@ RECORDS = (
     _bitsandbytes("PagedAdamW", 8), _bitsandbytes("PagedAdamW8bit", 2 * _EIGHT), _bitsandbytes("PagedAdamW32bit", 8),
     _bitsandbytes("PagedLion8bit", _EIGHT), _bitsandbytes("PagedAdEMAMix8bit", 3 + 3 * 4 / 256),
     Record("Lion", "lion_pytorch.Lion", "lion-pytorch", 4, note="wants a third to a tenth of AdamW's learning rate"),
-    Record("Muon", "library.optim.muon.Muon", "torch", 4, vector_bytes=8, note="orthogonal steps for matrices and convolutions; vectors and "
-           "scalars are stepped by AdamW (8 bytes each) at the same learning rate"),
+    Record("Muon", "library.optim.muon.Muon", "torch", 4, vector_bytes=8, note="orthogonal steps for matrices and convolutions; "
+           "vectors and scalars are stepped by AdamW (8 bytes each) at the same learning rate"),
     Record("CAME", "came_pytorch.CAME.CAME", "came-pytorch", 4, factored=2, matrices=True,
            note="3x3 convolutions are factored as matrices (outputs, all others); clips each update by itself"),
     Record("Prodigy", "prodigyopt.Prodigy", "prodigyopt", 16, keeps=STATISTIC, one_rate=True, own_rate=True, refused=_FSDP,
