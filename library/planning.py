@@ -133,7 +133,7 @@ class RunPlan:
         options = config.optimizer
         steps, values = schedule.curve(schedule.from_options(options, total), total, list(self._rates.values()))
         own = table.find(options.chosen_type).own_rate
-        title = f"{options.lr_scheduler_type or options.lr_scheduler}{', times the step size that the optimizer finds' if own else ''}"
+        title = (options.lr_scheduler_type or options.lr_scheduler) + own * ", times the step size that the optimizer finds"
         path = config.saving.output_dir / f"{config.saving.output_name}_schedule.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rate_curve(steps, dict(zip(self._rates, values, strict=True)), path, title)

@@ -34,7 +34,9 @@ few at a time, and rounded back stochastically: bf16 weights change neither the 
   billion (FLUX.1) under AdamW8bit: 24 GB. *rows + columns* is next to nothing: 4 bytes for each row and column of a matrix.
 - **rate 1**: finds the step size itself; use `--learning_rate 1`. Anything below 0.01 is refused.
 - **step**: *apart* can be stepped parameter by parameter, *counted* as well, *at once* only all together, because it sums
-  something over all of them. Under bf16 weights *at once* takes 8 bytes per parameter more during the step.
+  something over all of them. Under bf16 weights *at once* takes 8 bytes per parameter more during the step, and it is refused
+  with `--fused_backward_pass`, `--blockwise_fused_optimizers` and `--blocks_to_swap`, which update weights during the backward
+  pass. `--stream_optimizer_states` takes all others but the paged ones and those that average.
 - **averages**: trains at one point and delivers the average of many. Previews, validation and saved files show the average; the
   training continues from exactly where it was (a copy of its weights waits in CPU memory meanwhile, as large as they are).
 - **package**: where it is not installed, the error says `pip install PACKAGE`. *included* stands in `requirements.txt`.
@@ -42,7 +44,8 @@ few at a time, and rounded back stochastically: bf16 weights change neither the 
 
 CLASSES = """## Classes that are not listed
 
-Of a dotted path nothing is known, so it is stepped over all weights at once. All that it keeps for single parameters, for
+Of a dotted path nothing is known, so it is stepped over all weights at once (and is refused with flags that
+update weights during the backward pass). All that it keeps for single parameters, for
 groups and in plain numbers of its own is saved and resumed. A class that needs a closure (LBFGS, SAM) is refused.
 
 ## What to know of some
@@ -78,7 +81,7 @@ SCHEDULE_INTRO = """## Schedules
 `--lr_scheduler` is a factor on the learning rate of every part of the model. It is a function of the step and the length of the
 run alone, so it is the same on any number of GPUs and after a resume. `--lr_warmup_steps` (steps, `0.05` or `5%`) rises from 0 to
 the curve; `constant` and `piecewise_constant` have none. `num_cycles`, `power`, `timescale` and `min_lr_ratio` are
-`--lr_scheduler_num_cycles` and so on.
+`--lr_scheduler_num_cycles` and so on. `--plan` draws the course to `NAME_schedule.png`; the report of a run shows it as well.
 """
 
 SCHEDULE_CLASSES = """`--lr_scheduler_type` takes any scheduler of `torch.optim.lr_scheduler` by name, or the dotted path of another one,

@@ -20,7 +20,8 @@ class Record:
     ``defaults``: keyword arguments unless the user gives them. ``refused``: argument -> why it cannot be used here.
     ``bytes_per_parameter``: of float32 state, whatever the dtype of the weights (they are stepped as float32);
     ``bytes_if``: argument -> that many more when it is on; ``small_bytes``: instead, of weights too small for 8 bits;
-    ``vector_bytes``: of vectors; ``factored``: number of statistics that are kept as the rows and columns of a matrix.
+    ``vector_bytes``: of vectors; ``factored``: number of statistics that are kept as the rows and columns of a matrix,
+    where a dimension is at least ``factored_from``.
     ``fused``: takes ``fused=True``, which needs no temporary copies of all parameters, on CPU and CUDA.
     ``noisy_logger``: warns on import about things we do not use.
     ``keeps``: NOTHING, COUNTER or STATISTIC. ``one_rate``: all groups must have the same learning rate.
@@ -39,6 +40,7 @@ class Record:
     small_bytes: float = 0.0
     vector_bytes: float = 0.0
     factored: int = 0
+    factored_from: int = 0
     fused: bool = False
     noisy_logger: str = ""
     keeps: str = NOTHING
@@ -66,7 +68,7 @@ class Record:
             return round(self.vector_bytes * numbers)
         if self.small_bytes and numbers < given.get("min_8bit_size", 4096):
             return round(self.small_bytes * numbers)
-        if self.factored and len(shape) >= 2:
+        if self.factored and len(shape) >= 2 and max(shape) >= self.factored_from:
             return round(each * numbers + 4 * self.factored * (shape[0] + numbers // max(1, shape[0])))
         return round((each + (4 if self.factored else 0)) * numbers)
 
@@ -133,7 +135,7 @@ RECORDS = (
     Record("Prodigy", "prodigyopt.Prodigy", "prodigyopt", 16, keeps=STATISTIC, one_rate=True, own_rate=True, refused=_FSDP,
            note=f"{_RATE_NOTE}; slice_p=11 brings the state down to 9 bytes; {_STATISTIC_NOTE}"),
     Record("ProdigyPlusScheduleFree", "prodigyplus.ProdigyPlusScheduleFree", "prodigy-plus-schedule-free", 4 + 4 / 11, factored=1,
-           keeps=STATISTIC, own_rate=True, modes=True, aliases=("Prodigy+ScheduleFree", "ProdigyScheduleFree"),
+           factored_from=32, keeps=STATISTIC, own_rate=True, modes=True, aliases=("Prodigy+ScheduleFree", "ProdigyScheduleFree"),
            refused={"fused_back_pass": "when to step is decided by the trainer"},
            note="each group finds its own step size; made for --max_grad_norm 0 and a constant schedule; " + _STATISTIC_NOTE),
     _dadaptation("DAdaptation", 12, "experimental.DAdaptAdamPreprint", aliases=("DAdaptAdamPreprint",)),
