@@ -30,7 +30,7 @@ from library.memory.transport import open_transport
 from library.nan_policy import NanPolicy
 from library.optim import rounding, table
 from library.optim.groups import Group, assert_partition, named_parameters
-from library.optim.schedule import Schedule
+from library.optim.schedule import Curve
 from library.optim.updater import StepAfterBackward
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -85,7 +85,7 @@ def open_engine(options: MemoryOptions, arch: Architecture, denoiser: nn.Module,
 
 
 def build_task(config: Config, runtime: Runtime, arch: Architecture, denoiser: nn.Module, encoders: TextEncoders,
-               groups: list[Group], engine: Engine, encoded: Encoded, plan: StepPlan, rates: Schedule,
+               groups: list[Group], engine: Engine, encoded: Encoded, plan: StepPlan, rates: Curve,
                total_steps: int, ema: Ema | None) -> Task:
     """All that a step needs. ``encoders``: those that train."""
     trained = {"": denoiser, **encoders.modules}
@@ -126,12 +126,12 @@ def open_average(options: EmaOptions, groups: Sequence[Group], engine: Engine) -
         return Ema(named_parameters(groups), options.ema_decay, device, lagged=False if engine.streaming else None)
 
 
-def build_updater(config: Config, groups: Sequence[Group], engine: Engine, rates: Schedule,
+def build_updater(config: Config, groups: Sequence[Group], engine: Engine, rates: Curve,
                   ranks: int) -> StepAfterBackward | StepInBackward:
     options, memory = config.optimizer, config.memory
     rounded = rounding.StochasticRounding(groups, config.general.seed) if weights_dtype(config) is torch.bfloat16 else None
     stepped = rounded.groups if rounded else groups
-    optimizer = table.build(options.optimizer_type, options.optimizer_args, stepped, options.learning_rate)
+    optimizer = table.build(options.chosen_type, options.optimizer_args, stepped, options.learning_rate)
     if memory.unit is None:
         return StepAfterBackward(optimizer, groups, rates, memory.max_grad_norm(options.max_grad_norm), rounded)
     # The loop looks at the losses before the backward pass, so that no unit has to wait for a look at its gradients.

@@ -53,7 +53,7 @@ class Outputs:
     """Decides after each step what is due and writes it, on the first rank; the others wait. A context manager.
 
     ``rates(step)``: each group's learning rate in step number ``step``; ``step_flops``: see ``Measures``; ``reading()``: a
-    context in which the weights of all modules can be read.
+    context in which the weights of all modules can be read; ``delivered()``: one in which they are those to save and draw with.
     """
 
     def __init__(self, config: Config, runtime: Runtime, arch: Architecture, method: ModuleType, denoiser: nn.Module,
@@ -61,12 +61,14 @@ class Outputs:
                  total_steps: int, steps_per_epoch: int, validate: Validating, facts: Facts,
                  rates: Callable[[int], Mapping[str, float]], uploader: Uploader, keeping: Keeping,
                  step_flops: Callable[[StepReport], float | None] | None = None,
-                 reading: Callable[[], AbstractContextManager] = nullcontext):
+                 reading: Callable[[], AbstractContextManager] = nullcontext,
+                 delivered: Callable[[], AbstractContextManager] = nullcontext):
         self.config, self.runtime, self.arch, self.method = config, runtime, arch, method
         self.modules: dict[str, nn.Module] = {DENOISER: denoiser, **encoders.modules}
         self.resolution = resolution
         self.total_steps, self.steps_per_epoch, self.validate = total_steps, steps_per_epoch, validate
         self.facts, self.uploader, self.keeping, self.reading = facts, uploader, keeping, reading
+        self.delivered = delivered
         saving = config.saving
         self.folder: Path = saving.output_dir
         self.name = saving.output_name
@@ -76,7 +78,7 @@ class Outputs:
         main = runtime.is_main
         needed = method.saved_bytes(arch, self.modules, self.stored_dtype, self.format) if main else 0
         beside = saving.async_save and main
-        self.writer = Writer(self.modules, self._write, needed, beside=beside and saving.on_the_way, reading=reading,
+        self.writer = Writer(self.modules, self._write, needed, beside=beside and saving.on_the_way, reading=self._delivered,
                              on_failure=lambda error: self._not_saved(error, self.saver, "the weights"))
         self.saver = Saver(
             self.folder, self.name, total_epochs=math.ceil(total_steps / steps_per_epoch), write=self.writer.write,
@@ -108,8 +110,8 @@ class Outputs:
         self.step_log = self._open_log(keeping.first_step)
         self.tracker = open_tracker(config.logging, public_settings(config) if config.logging.log_config else None, main,
                                     resumed=keeping.logged.run_ids, done=keeping.first_step)
-        self.previews = Previews(config.sampling, runtime, arch, denoiser, encoders, encoded, prompts, self.folder / "sample", self.name,
-                                 self.tracker)
+        self.previews = Previews(config.sampling, runtime, arch, denoiser, encoders, encoded, prompts, self.folder / "sample",
+                                 self.name, self.tracker, delivered)
         self.progress = Progress(total_steps, keeping.first_step, main)
         self.done = keeping.first_step
 
@@ -124,6 +126,11 @@ class Outputs:
             steps, losses = rows.points("validation_loss")
             self.held_out = HeldOut(zip(steps.astype(int).tolist(), losses.tolist(), strict=True))
         return StepLog(path, self.log_columns, append=bool(first_step))
+
+    @contextmanager
+    def _delivered(self) -> Iterator[None]:
+        with self.delivered(), self.reading():
+            yield
 
     def _average_saver(self, suffix: str) -> Saver:
         """Files of the averaged weights, at the same moments as the others and under a name of their own."""

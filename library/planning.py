@@ -6,6 +6,7 @@ import os
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,10 @@ from library.memory.plan_text import WIDTH, cards_table, describe
 from library.memory.planner import Planner, gigabytes
 from library.memory.setting import Fixed, Optimizer, Setting
 from library.objectives.noise import Draws
-from library.optim import states, table
+from library.optim import fitting, schedule, states, table
+from library.optim.groups import Group
 from library.out_of_memory import out_of_memory, told
+from library.plots import write_rate_curve
 from library.step import training_losses
 from library.step_flops import StepFlops
 
@@ -45,19 +48,22 @@ class RunPlan:
     """
 
     def __init__(self, config: Config, items: Items, batch_sizes: Sequence[int], arch: Architecture,
-                 prepare: Callable[..., object], cuda: bool):
+                 prepare: Callable[..., Sequence[Group]], cuda: bool):
         self.config, self._arch, self._cuda = config, arch, cuda
         self.card = _this_card()
         self.largest = max(group_facts(items, batch_sizes), key=_work)
         self.notes: list[str] = []
         rates = arch.encoder_rates(config.optimizer.learning_rate)
+        self._rates, self._lengths = {"denoiser": config.optimizer.learning_rate, **rates}, (items, batch_sizes)
         if rates:
             self.notes.append(f"not counted: {', '.join(rates)}, which train too")
 
-        def trains(denoiser: nn.Module) -> object:
+        def trains(denoiser: nn.Module) -> None:
             if rates:
-                return denoiser.requires_grad_(True)
-            return prepare(arch, denoiser, NO_ENCODERS, config.optimizer.learning_rate)
+                denoiser.requires_grad_(True)
+                return
+            groups = prepare(arch, denoiser, NO_ENCODERS, config.optimizer.learning_rate)
+            self._rates = {group.name: group.learning_rate for group in groups}
         self.measured = measure_step(arch, config.loss, self.largest.bucket, _samples(self.largest),
                                      _WEIGHTS[config.weights_dtype], _COMPUTE[config.precision.mixed_precision], trains, cuda)
         self.planner = Planner(self.measured, self._fixed(items, tuple(rates)), self._allowed)
@@ -74,7 +80,10 @@ class RunPlan:
         config = self.config
         clipped = setting.unit != "model" and bool(config.optimizer.max_grad_norm)  # which was asked for by name
         scaled = setting.unit != "model" and config.precision.mixed_precision == "fp16"
-        return offered(setting) and not clipped and not scaled and all(
+        record = table.find(config.optimizer.chosen_type)
+        summed = setting.unit != "model" and not fitting.steps_in_backward(record)
+        stuck = setting.stream_states and not fitting.streams_states(record)
+        return offered(setting) and not (clipped or scaled or summed or stuck) and all(
             config.origins[name] == DEFAULT or getattr(config.memory, name) == value for name, value in flags_of(setting).items())
 
     def _choose(self, budget: int) -> None:
@@ -115,6 +124,22 @@ class RunPlan:
                  for line in textwrap.wrap(note, WIDTH - 2, initial_indent="- ", subsequent_indent="  ")]
         lines = [*head, *describe(needs, self.card), *self._cards(needs)]
         return "\n".join([*lines, *(["", *notes] if notes else []), "", "No weights were read, and nothing was trained."])
+
+    def draw_rates(self) -> Path:
+        """Draw the course of the learning rates over the run; returns where."""
+        config, (items, batch_sizes) = self.config, self._lengths
+        plan = StepPlan(items, batch_sizes, config.general.seed, int(os.environ.get("WORLD_SIZE") or 1),
+                        config.training.gradient_accumulation_steps)
+        epochs = config.training.max_train_epochs
+        total = epochs * plan.steps_per_epoch if epochs else config.training.max_train_steps
+        options = config.optimizer
+        steps, values = schedule.curve(schedule.from_options(options, total), total, list(self._rates.values()))
+        own = table.find(options.chosen_type).own_rate
+        title = (options.lr_scheduler_type or options.lr_scheduler) + own * ", times the step size that the optimizer finds"
+        path = config.saving.output_dir / f"{config.saving.output_name}_schedule.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rate_curve(steps, dict(zip(self._rates, values, strict=True)), path, title)
+        return path
 
     def _cards(self, needs: Needs) -> list[str]:
         """What would fit elsewhere, whatever flags were given here."""
@@ -190,9 +215,10 @@ def _samples(facts: GroupFacts) -> int:
 
 def _optimizer(config: Config) -> Optimizer:
     options = config.optimizer
-    record, of_shape = table.find(options.optimizer_type), states.state_bytes(options.optimizer_type, options.optimizer_args)
+    record, of_shape = table.find(options.chosen_type), states.state_bytes(options.chosen_type, options.optimizer_args)
     eager = not (record.fused or record.package == "bitsandbytes")
-    return Optimizer(record.name, lambda weight: of_shape(weight.shape), 8 if eager else 0)  # two float32 copies on the way
+    return Optimizer(record.name, lambda weight: of_shape(weight.shape), 8 if eager else 0,  # two float32 copies on the way
+                     record.per_parameter)
 
 
 def setting_of(config: Config) -> Setting:

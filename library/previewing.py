@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -22,13 +23,16 @@ from library.trackers import Tracker
 
 
 class Previews:
-    """``prompts`` as pictures in ``folder`` and in the trackers; the first rank draws, the others wait."""
+    """``prompts`` as pictures in ``folder`` and in the trackers; the first rank draws, the others wait. ``delivered()``: a
+    context in which the model has the weights that the optimizer delivers."""
 
-    def __init__(self, options: SamplingOptions, runtime: Runtime, arch: Architecture, denoiser: nn.Module, encoders: TextEncoders,
-                 encoded: Encoded, prompts: Sequence[Prompt], folder: Path, name: str, tracker: Tracker):
+    def __init__(self, options: SamplingOptions, runtime: Runtime, arch: Architecture, denoiser: nn.Module,
+                 encoders: TextEncoders, encoded: Encoded, prompts: Sequence[Prompt], folder: Path, name: str, tracker: Tracker,
+                 delivered: Callable[[], AbstractContextManager] = nullcontext):
         self.options, self.runtime, self.arch = options, runtime, arch
         self.denoiser, self.encoders, self.encoded = denoiser, encoders, encoded
         self.prompts, self.folder, self.name, self.tracker = prompts, folder, name, tracker
+        self.delivered = delivered
         self.batch_size = options.sample_batch_size  # as long as the memory is there
 
     def __call__(self, step: int, epoch: int, epoch_ended: bool, at_first: bool = False) -> None:
@@ -56,7 +60,7 @@ class Previews:
                                     self._together([prompt.negative for prompt in prompts]), self.runtime.compute_dtype)
 
         try:
-            with evaluating([self.denoiser, *self.encoders.modules.values()]):
+            with self.delivered(), evaluating([self.denoiser, *self.encoders.modules.values()]):
                 rendered = preview.render_all(self.prompts, draw, self.folder, self.name, step, self.batch_size)
         finally:
             if self.encoded.train.latents is not None:

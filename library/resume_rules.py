@@ -21,11 +21,14 @@ class Rule:
     reason: str
 
 
+_LENGTHLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "piecewise_constant", "adafactor")
+
+
 def follows_length(values: Values) -> bool:
     """The learning rate depends on the length of the run. Schedules that are not known here are taken to."""
     warmup = values.get("lr_warmup_steps", 0)
     share = isinstance(warmup, str) or 0 < warmup < 1
-    return share or values.get("lr_scheduler") not in ("constant", "constant_with_warmup")
+    return share or bool(values.get("lr_scheduler_type")) or values.get("lr_scheduler") not in _LENGTHLESS
 
 
 _PATHS = Rule(KEEPS, "where something lies; what it holds is compared itself")
@@ -33,6 +36,8 @@ _SPEED = Rule(KEEPS, "speed and memory; the numbers stay the same")
 _WORDS = Rule(KEEPS, "what is written, not what is trained")
 _LENGTH = Rule(KEEPS, "the length that comes out is compared itself, where something follows it")
 _DATA = Rule(KEEPS, "the pictures and their settings are compared as they came out, however they were given")
+
+_OTHER_OPTIMIZER = Rule(FIXED, "the saved state of one optimizer says nothing to another")
 
 # (section, flag) -> rule
 RULES: dict[tuple[str, str], Rule] = {
@@ -52,7 +57,9 @@ RULES: dict[tuple[str, str], Rule] = {
         KEEPS, "the batches of a step are compared, over all processes; accumulation only splits them"),
     ("training", "nan_policy"): Rule(KEEPS, "steps that were left out stay so; it says what happens to others"),
     ("optimizer", SECTION): Rule(CHANGES, "the updates of the weights"),
-    ("optimizer", "optimizer_type"): Rule(FIXED, "the saved state of one optimizer says nothing to another"),
+    ("optimizer", "optimizer_type"): _OTHER_OPTIMIZER,
+    ("optimizer", "use_8bit_adam"): _OTHER_OPTIMIZER,
+    ("optimizer", "use_lion_optimizer"): _OTHER_OPTIMIZER,
     ("objective", SECTION): Rule(CHANGES, "what the model is asked for"),
     ("loss", SECTION): Rule(CHANGES, "what is minimised"),
     ("precision", SECTION): Rule(CHANGES, "the arithmetic"),

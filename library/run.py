@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from library.data.showing import Course
 from library.data.tokens import Counted, count_longest
 from library.errors import UserError, raise_all
 from library.log import log, setup_logging
-from library.optim import schedule, table
+from library.optim import fitting, schedule
 from library.out_of_memory import ENCODING, LOADING, telling
 from library.prompts import Prompt, parse_prompts, with_seeds
 from library.saving import endangered
@@ -110,7 +110,7 @@ def run(entry: Entry, config: Config) -> int:
     if runtime.is_main:  # it may read pictures of equal length to see whether they are the same
         captions, prompts = count_tokens(entry, config, data)
         tell(findings.gather(data.scan, data.selection, plan, captions) + findings.too_long(prompts, "preview prompt"))
-    rates = schedule.Schedule(optimizer.lr_scheduler, schedule.resolve_warmup(optimizer.lr_warmup_steps, total_steps))
+    rates = schedule.from_options(optimizer, total_steps)
     encoded = encode(config, data, arch, runtime, total_steps, training)
     with telling(*LOADING):
         denoiser = arch.load_denoiser(loading_device(config.memory, runtime.device), weights_dtype(config))
@@ -123,18 +123,18 @@ def run(entry: Entry, config: Config) -> int:
     if saved is not None:
         task = states.restore(saved, task, weights, ema, engine.readable)
 
-    def group_rates(step: int) -> dict[str, float]:
-        return {group.name: group.learning_rate * rates(step - 1, total_steps) for group in groups}
-
     keeping = states.Keeping(
         lambda step, epoch, logged: states.contents(step, epoch, replace(facts, **vars(logged)), config.saving.output_name, task,
                                                     weights, ema),
         lambda path: states.go_back(path, runtime, task, weights, ema, engine.readable), task.first_step,
         saved and saved.path, facts.logged, ema,
-        open_report(entry, config, data, plan, total_steps, group_rates) if runtime.is_main else None)
+        open_report(entry, config, data, plan, total_steps,
+                    fitting.planned_rates(config, rates, groups, total_steps)) if runtime.is_main else None)
     with Outputs(config, runtime, arch, method, denoiser, encoders, encoded, data.prompts, data.resolution,
                  total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch, reading=engine.readable,
-                 validate=Validating(task, config.dataset, data.batch_sizes), uploader=uploader, rates=group_rates,
+                 validate=Validating(task, config.dataset, data.batch_sizes), uploader=uploader,
+                 rates=partial(task.updater.rates_at, total_steps),
+                 delivered=partial(states.delivered, task.updater, engine.readable),
                  step_flops=step_flops(config, arch, method.prepare, plan), keeping=keeping,
                  facts=facts_of(config, data, arch, plan, groups, rates, total_steps)) as outputs:
         log.info("ready after %.1f s; steps in all: %d", time.monotonic() - started, total_steps)
@@ -172,9 +172,10 @@ def open_plan(config: Config, data: DataPlan, arch: Architecture, method: Any) -
 
 
 def show_plan(plan_memory: Callable[[], RunPlan]) -> int:
-    """Print the table of ``--plan``."""
+    """Print the table of ``--plan`` and draw the learning rate."""
     if os.environ.get("RANK", "0") == "0":
         print(plan_memory().text(), flush=True)
+        log.info("the course of the learning rate is drawn in %s", plan_memory().draw_rates())
     return 0
 
 
@@ -238,10 +239,9 @@ def begin_log(config: Config) -> None:
 
 def open_inputs(entry: Entry, config: Config) -> tuple[DataPlan, Architecture]:
     """The data and the model's files, both only as far as their headers: all refusals happen here."""
-    optimizer = config.optimizer
-    data = read_data(config, also=[lambda: table.find(optimizer.optimizer_type), lambda: _check_thumbnail(config),
+    data = read_data(config, also=[lambda: fitting.require_fit(config), lambda: _check_thumbnail(config),
                                    lambda: tracker_arguments(config.logging.log_tracker_config)])
-    table.check(optimizer.optimizer_type, optimizer.optimizer_args)  # tries it out, which takes torch
+    fitting.try_out(config)  # which takes torch
     arch = architecture_of(entry).open_architecture(config.model, config.architecture, config.objective)
     for line in arch.describe().splitlines():
         log.info(line)
@@ -261,7 +261,7 @@ def open_uploader(config: Config) -> Uploader:
 
 
 def facts_of(config: Config, data: DataPlan, arch: Architecture, plan: plans.StepPlan, groups: Sequence[Group],
-             rates: schedule.Schedule, total_steps: int) -> Facts:
+             rates: schedule.Curve, total_steps: int) -> Facts:
     """What saved files say of this run."""
     from library.run_metadata import Facts
 
@@ -270,12 +270,12 @@ def facts_of(config: Config, data: DataPlan, arch: Architecture, plan: plans.Ste
         config, data.items, held_out=len(data.selection.validation),
         rates={group.name: group.learning_rate for group in groups if group.name not in encoders}, encoder_rates=encoders,
         batches_per_epoch=plan.batches_per_epoch, total_steps=total_steps, steps_per_epoch=plan.steps_per_epoch,
-        warmup_steps=rates.warmup_steps, world_size=plan.world_size,
+        warmup_steps=getattr(rates, "warmup_steps", 0), world_size=plan.world_size,
         objective=getattr(arch, "objective_options", config.objective), base_version=getattr(arch, "base_version", None))
 
 
 def open_report(entry: Entry, config: Config, data: DataPlan, plan: plans.StepPlan, total_steps: int,
-                rates: Callable[[int], Mapping[str, float]]) -> Report:
+                rates: Callable[[int], Mapping[str, float]] | None) -> Report:
     """The page about this run, kept up to date beside its results."""
     from library.report.report import Report, data_sheet
 

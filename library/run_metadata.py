@@ -227,7 +227,7 @@ def same(values: Iterable[Any]) -> Any:
 def _optimizer(facts: Facts) -> str:
     options = facts.config.optimizer
     arguments = ",".join(one for one in options.optimizer_args if not any(mark in one for mark in "/\\"))  # no paths
-    return f"{options.optimizer_type}({arguments})" if arguments else options.optimizer_type
+    return f"{options.chosen_type}({arguments})" if arguments else options.chosen_type
 
 
 def _denoiser_rates(facts: Facts) -> Any:
@@ -290,8 +290,10 @@ TABLE: tuple[Field, ...] = (
         ("ss_unet_lr", "rate of the denoiser; JSON of its groups where they differ", lambda f, m: _denoiser_rates(f)),
         ("ss_text_encoder_lr", "JSON: rates of the text encoders that train",
          lambda f, m: list(f.encoder_rates.values()) or None),
-        ("ss_lr_warmup_steps", "`--lr_warmup_steps` in steps", lambda f, m: f.warmup_steps)),
-    *_flags("optimizer", "optimizer", "lr_scheduler max_grad_norm"),
+        ("ss_lr_warmup_steps", "`--lr_warmup_steps` in steps", lambda f, m: f.warmup_steps),
+        ("ss_lr_scheduler", "`--lr_scheduler`, or `--lr_scheduler_type` where that is given",
+         lambda f, m: f.config.optimizer.lr_scheduler_type or f.config.optimizer.lr_scheduler)),
+    *_flags("optimizer", "optimizer", "max_grad_norm"),
     *_records(
         "optimizer",
         ("ss_ema_decay", "`--ema_decay`, in files of averaged weights",

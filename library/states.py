@@ -22,6 +22,7 @@ from library.ema import Ema
 from library.errors import UserError
 from library.log import log
 from library.loop import Task
+from library.optim.updating import Updating
 from library.report.report import Report
 from library.state_writing import Contents
 from library.resume import data_settings, identity, require_same, version_notes, versions
@@ -109,14 +110,29 @@ def go_back(path: Path | None, runtime: Runtime, task: Task, weights: Mapping[st
 @contextmanager
 def averaged(ema: Ema, readable: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Inside, the model has its averaged weights and can run; streamed weights are exchanged where they can be reached."""
-    swap = ema.swapped()
+    with _exchanged(ema.swapped(), readable):
+        yield
+
+
+@contextmanager
+def delivered(updater: Updating, readable: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """The same with the weights that the optimizer delivers, where these are not the ones it trains at."""
+    if not updater.has_modes:
+        yield
+        return
+    with _exchanged(updater.evaluating(), readable):
+        yield
+
+
+@contextmanager
+def _exchanged(exchange: AbstractContextManager, readable: Callable[[], AbstractContextManager]) -> Iterator[None]:
     with readable():
-        swap.__enter__()
+        exchange.__enter__()
     try:
         yield
     finally:
         with readable():
-            swap.__exit__(None, None, None)
+            exchange.__exit__(None, None, None)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from library.data.dataset import Batch, TrainingData, batches
 from library.data.plan import StepPlan
 from library.loop import StepReport, Task
 from library.objectives.noise import Draws, draw
+from library.states import delivered
 from library.step import evaluating, training_losses
 
 QUANTILES = (0.125, 0.375, 0.625, 0.875)  # of the density of levels: the middles of four equal parts
@@ -108,7 +109,8 @@ class Validating:
         """After a step; None when nothing is due."""
         if self.validation is None or not self.times.due(report.step, report.epoch + 1, report.epoch_ended):
             return None
-        return self.validation.measure(self.task)
+        with delivered(self.task.updater, self.task.readable):
+            return self.validation.measure(self.task)
 
 
 def _batch_loss(task: Task, batch: Batch) -> torch.Tensor:

@@ -45,6 +45,9 @@ PEER_DEFAULTS: dict[str, object] = {
     "token_warmup_step": 0.0, "prior_loss_weight": 1.0, "validation_split": 0.0, "dataset_repeats": 1,
     "max_data_loader_n_workers": 8, "vae_batch_size": 1,
     "mixed_precision": "no", "optimizer_type": "AdamW", "optimizer_args": (), "learning_rate": 2e-6, "max_grad_norm": 1.0,
+    "use_8bit_adam": False, "use_lion_optimizer": False, "lr_decay_steps": 0,
+    "lr_scheduler_num_cycles": 1, "lr_scheduler_power": 1.0, "lr_scheduler_timescale": None, "lr_scheduler_min_lr_ratio": None,
+    "lr_scheduler_type": "", "lr_scheduler_args": (),
     "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 1600, "gradient_accumulation_steps": 1,
     "min_timestep": 0, "max_timestep": 1000, "log_prefix": "", "log_tracker_name": "finetuning", "loss_type": "l2",
     "huber_schedule": "snr", "huber_c": 0.1, "huber_scale": 1.0,
@@ -205,8 +208,19 @@ BEHAVIOUR = """## Behaviour that differs
   and GPUs, and 1x4 accumulated equals 4x1. The level reaches the model exactly, not rounded to bf16.
 - **The order of pictures** is a function of the seed and the epoch: nothing is shown twice or left out, whatever the workers do.
 - **Warm-up** makes its first update at 1/N of the learning rate, not at 0.
+- **Schedules** have the same course on any number of GPUs, `--lr_decay_steps` too. `polynomial` ends at
+  `--lr_scheduler_min_lr_ratio` of the learning rate, not at 1e-7; `warmup_stable_decay` warms up from 0, not from that end.
+  A setting that the chosen schedule does not read is named in the log.
+- **`--lr_scheduler_type`** replays its class: a resumed run is at the right place of the curve. `ReduceLROnPlateau` is refused.
 - **Adafactor** is used with `relative_step=False scale_parameter=False warmup_init=False`; `relative_step` and `warmup_init` are
-  refused, because the rate comes from `--learning_rate` and `--lr_scheduler`.
+  refused, because the rate comes from `--learning_rate` and `--lr_scheduler`. For its own rate write
+  `--lr_scheduler adafactor --learning_rate 1 --optimizer_args scale_parameter=True`. Convolutions are factored as matrices.
+- **Prodigy and D-Adaptation** with a learning rate below 0.01 are refused, and so are different rates for different parts of the
+  model; the dialect warns, and trains with the first one.
+- **Schedule-free optimizers** are looked at (previews, validation, saving) with their averaged weights, and go on training at
+  exactly the weights they had. `--lr_scheduler` is not ignored with them.
+- **`--optimizer_args`** are checked against the optimizer before anything is read. [optimizers.md](optimizers.md) lists what
+  each one needs.
 - **`--max_grad_norm`** clips the norm over all weights, always. With `--blocks_to_swap`, `--fused_backward_pass` and
   `--blockwise_fused_optimizers` no such norm is known in time: the default is 0 there, and another value is refused.
 - **`--blocks_to_swap`** streams any number of blocks, all of them included, with any optimizer, and trains to the same weights, bit

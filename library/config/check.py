@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from library.config.data_options import VALIDATION_SCHEDULE
 from library.config.save_formats import SUFFIXES, is_pipeline
-from library.config.schema import installed
+from library.config.schema import READ_BY, installed
+from library.config.values import show
 from library.errors import UserError, nearest, raise_all
 
 if TYPE_CHECKING:
@@ -138,23 +139,52 @@ def _precision(config: Config) -> Iterator[Problem]:
 
 
 def _length(config: Config) -> Iterator[Problem]:
-    warmup, steps = config.optimizer.lr_warmup_steps, config.training.max_train_steps
-    if config.optimizer.lr_scheduler == "constant" and warmup:
-        yield conflict(config, "lr_warmup_steps lr_scheduler", "the constant schedule has no warm-up",
+    optimizer, steps = config.optimizer, config.training.max_train_steps
+    warmup, name = optimizer.lr_warmup_steps, optimizer.lr_scheduler
+    if optimizer.lr_scheduler_type:
+        if warmup:
+            yield conflict(config, "lr_warmup_steps lr_scheduler_type", "a scheduler class is not warmed up from outside",
+                           "leave it out, or chain one: torch.optim.lr_scheduler.LinearLR warms up")
+        if "lr_scheduler" in config.changed():
+            yield conflict(config, "lr_scheduler_type lr_scheduler", f"contradicts --lr_scheduler {name}",
+                           "leave one of the two out")
+    elif name in ("constant", "piecewise_constant") and warmup:
+        yield conflict(config, "lr_warmup_steps lr_scheduler", f"the {name.replace('_', ' ')} schedule has no warm-up",
                        "use --lr_scheduler constant_with_warmup")
     elif config.training.max_train_epochs is None and warmup >= steps:
         yield conflict(config, "lr_warmup_steps max_train_steps", f"warm-up of {warmup} steps fills the whole run of {steps}",
                        f"give fewer than {steps}, or a share such as 5%")
+    elif name == "warmup_stable_decay" and not optimizer.lr_decay_steps:
+        yield conflict(config, "lr_decay_steps lr_scheduler", "warmup_stable_decay needs the length of its fall",
+                       "add --lr_decay_steps 20%")
+    if name == "piecewise_constant" and not optimizer.lr_scheduler_args:
+        yield conflict(config, "lr_scheduler_args lr_scheduler", "piecewise_constant needs its steps",
+                       "add --lr_scheduler_args step_rules=1:100,0.1:200,0.01")
+    if optimizer.lr_scheduler_args and name != "piecewise_constant" and not optimizer.lr_scheduler_type:
+        yield conflict(config, "lr_scheduler_args lr_scheduler_type", f"--lr_scheduler {name} takes no such arguments",
+                       "name the class that they are for with --lr_scheduler_type, or leave them out")
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:
+    yield from _pairs(config, "optimizer_args", "weight_decay=0.01")
+    yield from _pairs(config, "lr_scheduler_args", "gamma=0.99")
+    optimizer = config.optimizer
+    if optimizer.use_8bit_adam and optimizer.use_lion_optimizer:
+        yield conflict(config, "use_lion_optimizer use_8bit_adam", "contradicts --use_8bit_adam", "leave one of the two out")
+    for old in ("use_8bit_adam", "use_lion_optimizer"):
+        if getattr(optimizer, old) and optimizer.optimizer_type.lower() not in ("", "adamw", optimizer.chosen_type.lower()):
+            yield conflict(config, f"{old} optimizer_type", f"contradicts --optimizer_type {optimizer.optimizer_type}",
+                           "leave one of the two out")
+
+
+def _pairs(config: Config, flag: str, example: str) -> Iterator[Problem]:
     seen: set[str] = set()
-    for text in config.optimizer.optimizer_args:
+    for text in getattr(config.optimizer, flag):
         name, equals, value = text.partition("=")
         if not (name.strip().isidentifier() and equals and value.strip()):
-            yield conflict(config, "optimizer_args", f"{text!r} is not name=value", "write for instance weight_decay=0.01")
+            yield conflict(config, flag, f"{text!r} is not name=value", f"write for instance {example}")
         elif name.strip() in seen:
-            yield conflict(config, "optimizer_args", f"{name.strip()} stands twice", "keep one of them")
+            yield conflict(config, flag, f"{name.strip()} stands twice", "keep one of them")
         seen.add(name.strip())
 
 
@@ -305,6 +335,13 @@ def remarks(config: Config) -> tuple[str, ...]:
         found.append(f"{config.place('sample_batch_size')} has no effect: there is no --sample_prompts")
     if config.sampling.sample_every_n_steps and config.sampling.sample_every_n_epochs:
         found.append(f"{config.place('sample_every_n_epochs')} overrules sample_every_n_steps, as in the dialect")
+    for flag, readers in READ_BY.items():  # graphical front ends write them into every file
+        schedule = config.optimizer.lr_scheduler_type or config.optimizer.lr_scheduler
+        if flag in config.changed() and schedule not in readers:
+            found.append(f"{config.place(flag)} has no effect with the schedule {schedule}: read by {', '.join(readers)}")
+    for old in ("use_8bit_adam", "use_lion_optimizer"):
+        if getattr(config.optimizer, old):
+            found.append(f"{config.place(old)} is taken for --optimizer_type {config.optimizer.chosen_type}")
     if config.dataset.caption_extention:
         found.append(f"{config.place('caption_extention')} is taken for --caption_extension")
     if config.caching.cache_check != "none" and config.caching.check == "none":

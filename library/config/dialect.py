@@ -62,8 +62,6 @@ def _inert() -> Iterator[Record]:
     yield from records(INERT, "ddp_timeout= ddp_gradient_as_bucket_view ddp_static_graph",
                        "the process group is set up by the program itself")
     yield from records(INERT, "dynamo_backend=", "only read with --torch_compile", neutral=("no", "inductor"))
-    yield from records(INERT, "lr_decay_steps= lr_scheduler_num_cycles= lr_scheduler_power= lr_scheduler_timescale= "
-                       "lr_scheduler_min_lr_ratio=", "no schedule that is built reads it", neutral=(0, 1))
     yield from records(INERT, "noise_offset= noise_offset_random_strength adaptive_noise_scale= multires_noise_iterations= "
                        "multires_noise_discount= zero_terminal_snr min_snr_gamma= scale_v_pred_loss_like_noise_pred "
                        "v_pred_like_loss= debiased_estimation_loss v2 v_parameterization",
@@ -89,12 +87,8 @@ def _later() -> Iterator[Record]:
                        "offload_param_device= offload_param_nvme_path= zero3_init_flag zero3_save_16bit_model "
                        "fp16_master_weights_and_gradients",
                        "not built yet: DeepSpeed", "leave it out: several GPUs train together under plain accelerate launch")
-    yield from records(LATER, "lr_scheduler_type= lr_scheduler_args*", "not built yet: schedules by class name",
-                       "use --lr_scheduler constant, constant_with_warmup, cosine or linear")
     yield from records(LATER, "use_sage_attn", "SageAttention has no backward pass: it can draw pictures but not train",
                        "use --use_flash_attn")
-    yield from records(LATER, "use_8bit_adam", "an old name", "write --optimizer_type AdamW8bit")
-    yield from records(LATER, "use_lion_optimizer", "not built yet: Lion", "use --optimizer_type AdamW, AdamW8bit or Adafactor")
     yield from records(LATER, "ip_noise_gamma=", "not built yet: input perturbation", "leave it out", (0,))
     yield from records(LATER, "ip_noise_gamma_random_strength", "not built yet: input perturbation", "leave it out")
 

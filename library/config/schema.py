@@ -31,6 +31,17 @@ def installed(tracker: str) -> bool:
     return any(importlib.util.find_spec(package) is not None for package in ACCELERATE_TRACKERS.get(tracker, (tracker,)))
 
 
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
+             "inverse_sqrt", "warmup_stable_decay", "piecewise_constant", "adafactor")
+# Which of them read a setting: in all others it has no effect
+READ_BY = {
+    "lr_decay_steps": ("warmup_stable_decay",),
+    "lr_scheduler_num_cycles": ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
+    "lr_scheduler_power": ("polynomial",), "lr_scheduler_timescale": ("inverse_sqrt",),
+    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "polynomial", "warmup_stable_decay"),
+}
+
+
 @dataclass(frozen=True)
 class GeneralOptions:
     title: ClassVar[str] = "Configuration file, console, seed"
@@ -88,16 +99,36 @@ class PrecisionOptions:
 class OptimizerOptions:
     title: ClassVar[str] = "Optimizer"
 
-    optimizer_type: str = flag("AdamW", "AdamW, AdamW8bit or Adafactor (upper or lower case)", metavar="NAME")
+    optimizer_type: str = flag("AdamW", "AdamW, AdamW8bit, Adafactor, Lion, Prodigy or another one of "
+                               "docs/optimizers.md (upper or lower case), or package.module.Class", metavar="NAME")
     optimizer_args: tuple[str, ...] = flag((), 'its own arguments, for instance weight_decay=0.01 "betas=0.9,0.99"',
                                            nargs="+", metavar="K=V")
+    use_8bit_adam: bool = flag(False, "old name of --optimizer_type AdamW8bit")
+    use_lion_optimizer: bool = flag(False, "old name of --optimizer_type Lion")
     learning_rate: float = flag(2e-6, "learning rate after warm-up", minimum=0)
     max_grad_norm: float | None = flag(None, "scale gradients down to this global norm; 0: never", minimum=0,
                                        default_text="1, or 0 when weights are updated during the backward pass")
-    lr_scheduler: str = flag("constant", "course of the learning rate",
-                             choices=("constant", "constant_with_warmup", "cosine", "linear"))
+    lr_scheduler: str = flag("constant", "course of the learning rate", choices=SCHEDULES)
     lr_warmup_steps: int | float = flag(0, "rise from 0 over N steps, or over a share of the run (0.1 or 10%)",
                                         metavar="N|0.x|N%", off="0", read=read_warmup)
+    lr_decay_steps: int | float = flag(0, "fall over the last N steps, or over a share of the run (warmup_stable_decay)",
+                                       metavar="N|0.x|N%", off="0", read=read_warmup)
+    lr_scheduler_num_cycles: int = flag(1, "restarts (cosine_with_restarts), or falls and rises (cosine_with_min_lr, "
+                                        "warmup_stable_decay)", minimum=1)
+    lr_scheduler_power: float = flag(1.0, "power of polynomial", above=0)
+    lr_scheduler_timescale: int | None = flag(None, "steps after which inverse_sqrt is down to 0.71 of its start", minimum=0,
+                                              off="0", default_text="the warm-up, or 10000")
+    lr_scheduler_min_lr_ratio: float | None = flag(None, "end of the fall, as a share of --learning_rate (cosine_with_min_lr, "
+                                                   "polynomial, warmup_stable_decay)", minimum=0, maximum=1, default_text="0")
+    lr_scheduler_type: str = flag("", "instead of --lr_scheduler: a class of torch.optim.lr_scheduler, or "
+                                         "package.module.Class", metavar="NAME", default_text="none")
+    lr_scheduler_args: tuple[str, ...] = flag((), "its arguments, for instance gamma=0.99; for piecewise_constant "
+                                              "step_rules=1:100,0.1:200,0.01", nargs="+", metavar="K=V")
+
+    @property
+    def chosen_type(self) -> str:
+        """``--optimizer_type``, by whichever of its names it was given."""
+        return "AdamW8bit" if self.use_8bit_adam else "Lion" if self.use_lion_optimizer else self.optimizer_type
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,12 @@ from library.memory.partial import PartialGradients
 from library.memory.ring import Ring
 from library.memory.states import StreamedStates, probe_states
 from library.memory.streaming import Streaming
-from library.optim.groups import Group, named_parameters
+from library.optim.groups import Group
 from library.optim.rounding import StochasticRounding
-from library.optim.updater import UpdateInfo, named_state, non_finite, require_names, take_state, total_norm
+from library.optim.schedule import Curve
+from library.optim.state import Calls, holding
+from library.optim.updater import UpdateInfo, non_finite, total_norm
+from library.optim.updating import Updating
 
 Average = Callable[[Sequence[Tensor]], None]
 """Replaces gradients, in place, by their means over all ranks. Called on every rank for the same tensors in the same order."""
@@ -27,16 +30,16 @@ Average = Callable[[Sequence[Tensor]], None]
 
 @dataclass
 class _Unit:
-    """What is stepped together. ``held``: the optimizer's parameter groups, of this unit alone, with our group for each."""
+    """What is stepped together. ``stepped``: for each of the optimizer's groups, what it holds of this unit."""
 
     names: tuple[str, ...]
     parameters: tuple[Parameter, ...]
-    held: list[tuple[dict[str, Any], Group]]
+    stepped: list[list[Parameter]]
     place: int | None  # of its block
     step: int = field(default=-1)  # that it was last stepped in
 
 
-class StepInBackward(Listener):
+class StepInBackward(Updating, Listener):
     """The updater of ``--fused_backward_pass`` (``unit`` "parameter") and ``--blockwise_fused_optimizers`` ("block", and all
     that is outside of the blocks as one more unit). The same weights as with ``StepAfterBackward``, bit for bit, and the same
     state, so that a run may go on with another unit or with none.
@@ -48,14 +51,14 @@ class StepInBackward(Listener):
     units stepped before it in the same backward pass have had an ordinary update. The look at the norm makes the host wait
     once per unit. ``guard`` False leaves that out: then the error comes after the weights have taken the numbers.
 
-    UserError: ``max_grad_norm`` other than 0, as the norm over all gradients is not known when the first unit is stepped;
-    scaled float16 gradients. Several processes: do not wrap the model, give ``average`` (see ``average_over_ranks``); every
-    rank must have gradients for the same parameters.
+    UserError: an optimizer that sums over all parameters (``Calls.separable``); ``max_grad_norm`` other than 0, as the norm over
+    all gradients is not known when the first unit is stepped; scaled float16 gradients. Several processes: do not wrap the model,
+    give ``average`` (see ``average_over_ranks``); every rank must have gradients for the same parameters.
     """
 
     inside_backward = True
 
-    def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group], schedule: Callable[[int, int], float],
+    def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group], schedule: Curve,
                  unit: Literal["parameter", "block"], boundaries: Boundaries, streaming: Streaming | None = None,
                  rounding: StochasticRounding | None = None, max_grad_norm: float = 0.0, average: Average | None = None,
                  guard: bool = True, stream_states: bool = False):
@@ -66,18 +69,19 @@ class StepInBackward(Listener):
         if stream_states and streaming is None:
             raise UserError("no block is streamed, so no optimizer state can follow it", place="--stream_optimizer_states",
                             remedy="add --blocks_to_swap, or leave it out")
-        self._optimizer, self._groups, self._schedule = optimizer, tuple(groups), schedule
-        self._rounding, self._average, self._guard, self._streaming = rounding, average, guard, streaming
-        self._stepped = named_parameters(rounding.groups if rounding else groups)
-        assert [[id(p) for p in held["params"]] for held in optimizer.param_groups] == \
-               [[id(p) for _, p in group.params] for group in (rounding.groups if rounding else groups)], \
-            "the optimizer was built over other parameters than the updater's groups"
+        super().__init__(optimizer, groups, schedule, rounding)
+        self._calls = Calls(optimizer, [group.name for group in groups])
+        if not self._calls.separable:
+            raise UserError(f"{type(optimizer).__name__} sums over all gradients, which are not known when the first weight is "
+                            "updated", place="--optimizer_type",
+                            remedy="leave --fused_backward_pass, --blockwise_fused_optimizers and --blocks_to_swap out")
+        self._average, self._guard, self._streaming = average, guard, streaming
         self._units = self._make_units(unit, boundaries)
         self._of_block = {place: [u for u in self._units if u.place == place] for place in range(len(boundaries.blocks))}
         self._arrived: set[int | None] = set()  # places of blocks that got gradients from this backward pass
         self._partial: PartialGradients | None = None
         self._states = self._stream_states() if stream_states else None
-        self._step, self._total_steps, self._last, self._factor = -1, 1, None, 0.0
+        self._step, self._total_steps, self._last, self._rate = -1, 1, None, 0.0
         self._squares: Tensor | float = 0.0
         self._bad: _Unit | None = None
         self._bad_names: list[str] = []
@@ -92,13 +96,13 @@ class StepInBackward(Listener):
 
     def begin_microbatch(self, step: int, total_steps: int, last_microbatch: bool) -> None:
         """Update number ``step`` (counted from 0) gets another micro-batch, its last one or not."""
+        assert not self._evaluating, "a step inside evaluating()"
         self._boundaries.notice_abort()
         if step != self._step:
             self._clear()
             self._step, self._total_steps = step, total_steps
-            self._factor = self._schedule(step, total_steps)
-            for group, held in zip(self._groups, self._optimizer.param_groups, strict=True):
-                held["lr"] = group.learning_rate * self._factor
+            self._rate = self._set_learning_rates(step, total_steps)
+            self._calls.begin()
         if not last_microbatch and self._partial is None and self._streaming is not None:
             self._partial = PartialGradients(self._streaming)
         if self._states is not None:
@@ -129,14 +133,13 @@ class StepInBackward(Listener):
                                "weights that come later in the model have had this step already")
             error.weights_touched = True
             raise error
-        return UpdateInfo(norm, self._groups[0].learning_rate * self._factor)
+        return UpdateInfo(norm, self._rate)
 
     def leave_out(self, step: int, total_steps: int) -> UpdateInfo:
         """Update number ``step`` (counted from 0) is not made, or was broken off: whatever gradients there are, are given up."""
         self._boundaries.notice_abort()
         self.abort()
-        rate = self._groups[0].learning_rate * self._schedule(step, total_steps)
-        return UpdateInfo(math.nan, rate, skipped=True, left_out=True)
+        return UpdateInfo(math.nan, self._first_rate(step, total_steps), skipped=True, left_out=True)
 
     def enter_backward(self, place: int) -> None:
         if self._partial is not None and place in self._streaming.number:
@@ -159,26 +162,24 @@ class StepInBackward(Listener):
         self._last = None
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """See ``updater.named_state``. Between steps only; streamed tensors are the host copies."""
-        named = named_state(self._optimizer, self._stepped)
+        """As ``Updating.state_dict``. Between steps only; streamed tensors are the host copies."""
+        named = super().state_dict()
         if self._states is not None:
             self._states.save(named, self._stepped)
         return named
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """See ``updater.take_state``. Streamed states pass over the device one parameter at a time."""
-        require_names(self._stepped, state)
+        """As ``Updating.load_state_dict``. Streamed states pass over the device one parameter at a time."""
         if self._states is not None:
             self._states.forget()
-        for name, parameter in self._stepped.items():
-            take_state(self._optimizer, {name: parameter}, {name: state[name]})
+        for parameter in self._loading(state):
             if self._states is not None:
                 self._states.load(parameter)
 
     def detach(self) -> None:
         """Take the hooks off; the optimizer is left as ``StepAfterBackward`` would have it."""
         if self._states is not None:
-            take_state(self._optimizer, self._stepped, self.state_dict())
+            super().load_state_dict(self.state_dict())
         for hook in self._hooks:
             hook.remove()
         self._boundaries.listeners.remove(self)
@@ -222,10 +223,12 @@ class StepInBackward(Listener):
                                if p.grad is not None and not p.grad.isfinite().all()]
         if self._bad is None:
             unit.step = self._step
-            for held, group in unit.held:
-                held["lr"] = group.learning_rate * self._factor
             addresses = [parameter.data_ptr() for parameter in live]
-            self._run_optimizer([held for held, _ in unit.held], live)
+            with holding(self._optimizer, unit.stepped):
+                if self._rounding is not None:
+                    self._rounding.step_some(self._calls, self._step, live)
+                else:
+                    self._calls.step()
             if self._streaming is not None and unit.place in self._streaming.number:
                 assert addresses == [parameter.data_ptr() for parameter in live], "the optimizer put weights elsewhere"
                 self._streaming.changed(unit.place)
@@ -233,16 +236,6 @@ class StepInBackward(Listener):
                     self._states.changed(unit.place)
         for parameter in live:
             parameter.grad = None
-
-    def _run_optimizer(self, param_groups: list[dict[str, Any]], live: Sequence[Parameter] | None) -> None:
-        whole, self._optimizer.param_groups = self._optimizer.param_groups, param_groups
-        try:
-            if self._rounding is not None and live is not None:
-                self._rounding.step_some(self._optimizer, self._step, live)
-            else:
-                self._optimizer.step()
-        finally:
-            self._optimizer.param_groups = whole
 
     def _hook(self, unit: _Unit, update: bool) -> Callable[[Parameter], None]:
         def run(parameter: Parameter) -> None:
@@ -272,20 +265,23 @@ class StepInBackward(Listener):
 
     def _unit(self, pairs: tuple[tuple[str, Parameter], ...], place: int | None) -> _Unit:
         names = {name for name, _ in pairs}
-        held = []
-        for group, settings in zip(self._groups, self._optimizer.param_groups, strict=True):
-            stepped = [self._stepped[name] for name, _ in group.params if name in names]
-            if stepped:
-                held.append(({**settings, "params": stepped}, group))
-        return _Unit(tuple(name for name, _ in pairs), tuple(parameter for _, parameter in pairs), held, place)
+        stepped = [[self._stepped[name] for name, _ in group.params if name in names] for group in self._groups]
+        return _Unit(tuple(name for name, _ in pairs), tuple(parameter for _, parameter in pairs), stepped, place)
 
     def _stream_states(self) -> StreamedStates:
-        group_of = {id(p): held for held in self._optimizer.param_groups for p in held["params"]}
+        group_of = {id(p): number for number, held in enumerate(self._optimizer.param_groups) for p in held["params"]}
         name_of = {id(p): name for group in self._groups for name, p in group.params}
+        before = self._shared.copy()
 
         def step(like: Parameter, trial: Parameter) -> Mapping[str, Any]:
-            self._run_optimizer([{**group_of[id(like)], "params": [trial]}], None)
-            return self._optimizer.state.pop(trial)
+            if made := self._optimizer.state.get(like):  # some make it when they are built
+                self._optimizer.state[trial] = {key: value.clone() if isinstance(value, Tensor) else value
+                                                for key, value in made.items()}
+            groups = range(len(self._optimizer.param_groups))
+            with holding(self._optimizer, [[trial] if number == group_of[id(like)] else [] for number in groups]):
+                self._optimizer.step()
+            self._shared.put_back(before)
+            return self._optimizer.state.pop(trial, {})  # plain SGD keeps nothing
 
         stepped = [[self._stepped[name_of[id(p)]] for p in trained] for trained in self._streaming.trained]
         return StreamedStates(self._streaming, self._optimizer, stepped, probe_states(step))

@@ -263,7 +263,7 @@ class Needs:
         together = largest if self.setting.unit == "parameter" else sum(weight.count for weight in weights)
         workspace = self.fixed.optimizer.temporaries * largest
         if self.fixed.rounding:
-            stepped = max(4 * largest, min(4 * together, ROUNDING_CHUNK))
+            stepped = max(4 * largest, min(4 * together, ROUNDING_CHUNK)) if self.fixed.optimizer.separable else 4 * together
             workspace += 2 * stepped + min(8 * largest, ROUNDING_DRAWS)
         return workspace
 

@@ -63,11 +63,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """``state_bytes`` of one weight; ``temporaries``: bytes per element that a step takes and gives back."""
+    """``state_bytes`` of one weight; ``temporaries``: bytes per element that a step takes and gives back; ``separable``: weights
+    may be stepped some at a time."""
 
     name: str
     state_bytes: Callable[[Weight], int]
     temporaries: int = 0
+    separable: bool = True
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class StreamedStates:
                 state[key] = slot
 
     def save(self, named: Mapping[str, dict[str, Any]], stepped: Mapping[str, Parameter]) -> None:
-        """Let ``named`` (of ``updater.named_state``) show the host copies, brought up to date."""
+        """Let ``named`` (of ``Updating.state_dict``) show the host copies, brought up to date."""
         self._streaming.settle()
         for name, parameter in stepped.items():
             for number, index in self._indices.get(id(parameter), ()):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from library.optim.groups import Group
+from library.optim.state import Calls, Shared, only
 
 CHUNK_BYTES = 256 * 1024**2
 _Entry = tuple[int, Parameter, Parameter]  # index over all parameters, weight, its stand-in
@@ -30,8 +31,9 @@ class StochasticRounding:
     """Stand-ins for the bfloat16 parameters of ``groups``, and the step that goes through them.
 
     Give ``.groups`` to ``table.build``. ``chunk_bytes`` bounds the float32 copies of weights that exist at a time (as much
-    again for their gradients); a single parameter larger than that is a chunk of its own. Parameters of other dtypes are
-    stepped as they are. With the same ``seed`` all ranks round alike, so replicas stay equal.
+    again for their gradients); a single parameter larger than that is a chunk of its own. It does not bound those of an
+    optimizer with a statistic over all parameters (``Record.keeps``). Parameters of other dtypes are stepped as they are.
+    With the same ``seed`` all ranks round alike, so replicas stay equal.
     """
 
     def __init__(self, groups: Sequence[Group], seed: int, chunk_bytes: int = CHUNK_BYTES):
@@ -55,38 +57,55 @@ class StochasticRounding:
         """One optimizer step from the gradients of the weights, which are given up (set to None) on the way.
 
         The rounding is a function of (seed, ``step``, index of the parameter): a resumed run repeats it, and so does a run that
-        steps its parameters in another order or some at a time.
+        steps its parameters in another order or some at a time. An optimizer that sums over all parameters is called once, so
+        that float32 copies of all weights and gradients exist.
         """
-        self._step(optimizer, step, self._plain, self._lifted)
+        self._step(Calls(optimizer, [group.name for group in self.groups]), step, self._plain, self._lifted)
 
     @torch.no_grad()
-    def step_some(self, optimizer: torch.optim.Optimizer, step: int, weights: Sequence[Parameter]) -> None:
-        """The same for ``weights`` alone, which have gradients; nobody else in ``optimizer.param_groups`` has one."""
+    def step_some(self, calls: Calls, step: int, weights: Sequence[Parameter]) -> None:
+        """The same for ``weights`` alone, which have gradients; nobody else in the optimizer's groups has one."""
         lifted = [self._by_weight[id(weight)] for weight in weights if id(weight) in self._by_weight]
-        self._step(optimizer, step, [weight for weight in weights if id(weight) not in self._by_weight], lifted)
+        self._step(calls, step, [weight for weight in weights if id(weight) not in self._by_weight], lifted)
 
-    def _step(self, optimizer: torch.optim.Optimizer, step: int, plain: Sequence[Parameter], lifted: Sequence[_Entry]) -> None:
-        if any(parameter.grad is not None for parameter in plain):
-            optimizer.step()
-            for parameter in plain:  # or the calls below would step them again
-                parameter.grad = None
-        for chunk in self._chunks(lifted):
+    def _step(self, calls: Calls, step: int, plain: Sequence[Parameter], lifted: Sequence[_Entry]) -> None:
+        trained = [entry for entry in lifted if entry[1].grad is not None]
+        chunks = list(self._chunks(trained)) if calls.separable else [trained]
+        if calls.separable and any(parameter.grad is not None for parameter in plain):
+            chunks.insert(0, [])
+        for chunk in chunks:
             for _, weight, stand_in in chunk:
                 stand_in.data = weight.detach().float()
                 stand_in.grad = weight.grad.float()
                 weight.grad = None
-            optimizer.step()
+            calls.step()
+            for parameter in plain:  # or the next call would step them again
+                parameter.grad = None
             for index, weight, stand_in in chunk:
                 round_stochastically(stand_in.detach(), weight.detach(), _generator(self._seed, step, index, weight.device))
                 stand_in.grad = None
                 stand_in.data = _memoryless(weight)
 
-    def _chunks(self, lifted: Sequence[_Entry]) -> Iterator[list[_Entry]]:
+    @torch.no_grad()
+    def evaluate(self, optimizer: torch.optim.Optimizer) -> None:
+        """``optimizer.eval()`` on the weights, through the stand-ins, in float32 and rounded to nearest: they are to look at."""
+        counted = Shared(optimizer, [group.name for group in self.groups])
+        before = counted.copy()
+        chunks = self._chunks([entry for entry in self._lifted if optimizer.state.get(entry[2])])
+        for chunk in [[], *chunks]:
+            counted.put_back(before)  # or it would take the second call for one too many
+            for _, weight, stand_in in chunk:
+                stand_in.data = weight.detach().float()
+            with only(optimizer, [stand_in for _, _, stand_in in chunk] or self._plain):
+                optimizer.eval()  # type: ignore[attr-defined]
+            for _, weight, stand_in in chunk:
+                weight.detach().copy_(stand_in.detach())
+                stand_in.data = _memoryless(weight)
+
+    def _chunks(self, entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
         chunk: list[_Entry] = []
         chunk_bytes = 0
-        for entry in lifted:
-            if entry[1].grad is None:
-                continue
+        for entry in entries:
             entry_bytes = 4 * entry[1].numel()
             if chunk and chunk_bytes + entry_bytes > self._chunk_bytes:
                 yield chunk

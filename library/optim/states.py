@@ -1,4 +1,4 @@
-"""How much an optimizer remembers of each weight, found out by asking it: small parameters are stepped once."""
+"""How much an optimizer remembers of each weight: as its record declares; a class without one is asked, with small parameters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from library.optim import table
 from library.optim.groups import Group
+from library.optim.records import RECORDS
 
 SMALL = 4096  # elements; 8-bit optimizers keep float32 states of smaller parameters
 # Bytes are a sum of multiples of: elements, rows and columns of the last two dimensions taken as a matrix, and one.
@@ -20,9 +21,14 @@ _VECTORS = {False: (8192, 16384), True: (64, 128)}
 
 def state_bytes(name: str, args: Sequence[str]) -> Callable[[Sequence[int]], int]:
     """Shape -> bytes of the tensors that optimizer ``name`` keeps for a float32 parameter (bfloat16 ones are stepped through
-    float32 stand-ins), without single numbers such as step counters. Exact where bytes are a linear function of the number of
-    elements, rows and columns, as for all that are in the table; where blocks of elements share a number, up to one block.
+    float32 stand-ins), without single numbers such as step counters. Of a class that is not in the table exact where bytes are
+    a linear function of the number of elements, rows and columns; where blocks of elements share a number, up to one block.
     """
+    record = table.find(name)
+    if record in RECORDS:
+        given = table.given_arguments(name, args)
+        return lambda shape: record.state_bytes(given, tuple(shape))
+
     @cache
     def law(matrix: bool, small: bool) -> numpy.ndarray:
         shapes = _MATRICES[small] if matrix else [(size,) for size in _VECTORS[small]]

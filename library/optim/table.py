@@ -1,108 +1,153 @@
-"""The optimizers on offer, as records. Importing this module loads neither torch nor any optimizer."""
+"""Optimizers by name: found, tried out, built. Importing this module loads neither torch nor any optimizer."""
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import importlib
-import inspect
+import io
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError, nearest
+from library.optim import arguments
+from library.optim.records import RECORDS, STATISTIC, Record
 
 if TYPE_CHECKING:
     import torch
 
     from library.optim.groups import Group
 
-
-@dataclass(frozen=True)
-class Record:
-    """One optimizer: ``path`` of its class, the pip ``package`` it comes from, and how it differs from the plain case.
-
-    ``defaults``: keyword arguments unless the user gives them. ``refused``: argument -> why it cannot be used here.
-    ``fused``: takes ``fused=True``, which needs no temporary copies of all parameters, on CPU and CUDA. ``noisy_logger``:
-    warns on import about things we do not use.
-
-    To be listed here, an optimizer must give the same result when its parameters are stepped in several calls, some at a
-    time (no statistic over all of them): stochastic rounding does so. The tests hold every record to it.
-    """
-
-    name: str
-    path: str
-    package: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
-    fused: bool = False
-    noisy_logger: str = ""
-
-
-_OWN_RATE = "the learning rate comes from --learning_rate and --lr_scheduler"
-
-RECORDS = (
-    Record("AdamW", "torch.optim.AdamW", "torch", fused=True),
-    Record("AdamW8bit", "bitsandbytes.optim.AdamW8bit", "bitsandbytes", noisy_logger="bitsandbytes.backends.cpu.ops",
-           refused={"is_paged": "paged states are not built yet"}),
-    # torch's own Adafactor keeps bf16 state for bf16 weights and barely learns; this one computes in float32.
-    Record("Adafactor", "transformers.optimization.Adafactor", "transformers",
-           defaults={"scale_parameter": False, "relative_step": False, "warmup_init": False},
-           refused={"relative_step": _OWN_RATE, "warmup_init": _OWN_RATE}),
-)
-_BY_NAME = {record.name.lower(): record for record in RECORDS}
-
-# Names of the dialect that are optimizers elsewhere: the answer to them is not "unknown".
-_NOT_YET = ("SGDNesterov", "SGDNesterov8bit", "Lion", "Lion8bit", "PagedLion8bit", "PagedAdamW", "PagedAdamW8bit",
-            "PagedAdamW32bit", "AdEMAMix8bit", "PagedAdEMAMix8bit", "DAdaptation", "DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan",
-            "DAdaptAdanIP", "DAdaptLion", "DAdaptSGD", "Prodigy", "RAdamScheduleFree", "AdamWScheduleFree", "SGDScheduleFree")
+_BY_NAME = {name.lower(): record for record in RECORDS for name in (record.name, *record.aliases)}
+_BY_PATH = {record.path: record for record in reversed(RECORDS) if record.name == record.path.rpartition(".")[2]}
 _PLACE = "--optimizer_type"
 _ARGS_PLACE = "--optimizer_args"
+_RESERVED = {"params": "it is filled in", "lr": "use --learning_rate"}
+_LOWEST_FACTOR = 0.01  # of an optimizer that finds its step size itself: below, the rate was meant for another one
 
 
 def find(name: str) -> Record:
-    """The record of ``name`` (any case; empty means AdamW). UserError otherwise."""
-    record = _BY_NAME.get((name or "AdamW").lower())
+    """The record of ``name`` (any case; empty means AdamW) or of the dotted path of a class. UserError otherwise.
+
+    Of a class that is not listed nothing is known, so it is treated with the most care: stepped over all parameters at once.
+    """
+    record = _BY_NAME.get((name or "AdamW").lower()) or _BY_PATH.get(name)
     if record is not None:
         return record
-    offered = ", ".join(record.name for record in RECORDS)
-    if name.lower() in {other.lower() for other in _NOT_YET}:
-        raise UserError(f"{name} is not built yet", place=_PLACE, remedy=f"use one of {offered}")
+    if "." in name.strip("."):
+        return Record(name, name, name.split(".")[0], keeps=STATISTIC)
     hint = nearest(name.lower(), _BY_NAME)
-    raise UserError(f"unknown optimizer {name!r}", place=_PLACE, remedy=f"{hint} known are {offered}".strip())
+    offered = ", ".join(record.name for record in RECORDS)
+    raise UserError(f"unknown optimizer {name!r}", place=_PLACE,
+                    remedy=f"{hint} known are {offered}, and the dotted path of any class".strip())
 
 
-def check(name: str, args: Sequence[str]) -> None:
-    """Raise every UserError that ``build`` could raise, by making one step on two numbers; for before any weight is read."""
+def record_of(optimizer: torch.optim.Optimizer) -> Record | None:
+    """The record that ``build`` made it from; None for an optimizer made elsewhere."""
+    return getattr(optimizer, "kiln_record", None)
+
+
+def check(name: str, args: Sequence[str], learning_rate: float | None = None, averaged: bool = False) -> None:
+    """Raise every UserError that ``build`` could raise, by making one step on a few numbers; for before any weight is read.
+
+    ``learning_rate``: of the run; refused where the optimizer finds its own step size and this would stop it. ``averaged``:
+    the run keeps an average of the weights, refused where the optimizer delivers one itself.
+    """
     import torch
 
-    parameter = torch.nn.Parameter(torch.zeros(1, 2))
-    parameter.grad = torch.ones(1, 2)
     record = find(name)
-    factory = _load(record)
-    arguments = {**record.defaults, **_arguments(record, args, factory)}
+    if record.own_rate and learning_rate is not None and learning_rate < _LOWEST_FACTOR:
+        raise UserError(f"{learning_rate:g} would stop {record.name}, which finds the learning rate itself and multiplies it by "
+                        "this", place="--learning_rate", remedy="use --learning_rate 1")
+    parameter = torch.nn.Parameter(torch.full((8, 8), 0.5))
+    parameter.grad = torch.ones(8, 8)
+    rate = 1.0 if record.own_rate else 1e-3
+    optimizer = _make(record, args, [{"params": [parameter], "lr": rate}], rate)
+    if averaged and has_modes(optimizer):
+        raise UserError(f"{record.name} averages the weights itself, and saves that average", place="--ema_decay",
+                        remedy="leave --ema_decay out")
     try:
-        factory([parameter], lr=1e-3, **arguments).step()
-    except (TypeError, ValueError, RuntimeError, LookupError, NotImplementedError) as error:
-        raise UserError(f"{record.name} refuses its arguments ({' '.join(args)}): {error}", place=_ARGS_PLACE,
-                        remedy="correct or remove them") from error
+        if has_modes(optimizer):
+            optimizer.train()  # type: ignore[attr-defined]
+        optimizer.step()
+    except Exception as error:
+        raise _unusable(record, args, error) from error
+
+
+def remarks(name: str, lr_scheduler: str, max_grad_norm: float) -> tuple[str, ...]:
+    """What is allowed but might surprise: sentences for the log."""
+    record, found = find(name), []
+    if record.name == "SGDNesterov8bit":
+        found.append(f"{record.name}: {record.note}")
+    if record.modes and lr_scheduler not in ("constant", "constant_with_warmup"):
+        found.append(f"{record.name} averages its weights instead of lowering the learning rate; --lr_scheduler {lr_scheduler} "
+                     "lowers it as well, and constant is what it was made for")
+    if record.name == "ProdigyPlusScheduleFree" and max_grad_norm:
+        found.append(f"{record.name} estimates the step size from the gradients as they are; --max_grad_norm 0 turns "
+                     "clipping off")
+    return tuple(found)
 
 
 def build(name: str, args: Sequence[str], groups: Sequence[Group], learning_rate: float) -> torch.optim.Optimizer:
-    """The optimizer over ``groups``, each at its own learning rate; ``args`` are ``key=value`` with Python literals.
+    """The optimizer over ``groups``, each at its own learning rate, in training mode; ``args`` are ``key=value`` with Python
+    literals.
 
     ``learning_rate`` is only the default that some optimizers insist on. Raises UserError for an unknown name, a missing
     package, and arguments that the optimizer does not have or that cannot work here; ``check`` raises the rest beforehand.
     """
     record = find(name)
-    factory = _load(record)
-    arguments = {**record.defaults, **_arguments(record, args, factory)}
-    parameters = [parameter for group in groups for _, parameter in group.params]
-    if record.fused and not {"fused", "foreach", "differentiable"} & arguments.keys():
-        if all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters):
-            arguments["fused"] = True
+    rates = {group.name: group.learning_rate for group in groups}
+    if record.one_rate and len(set(rates.values())) > 1:
+        shown = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        raise UserError(f"{record.name} has one step size for all groups, but their learning rates differ ({shown})",
+                        place=_PLACE, remedy="give all of them the same learning rate, or use ProdigyPlusScheduleFree, which "
+                                             "has one for each")
     param_groups = [{"params": [p for _, p in group.params], "lr": group.learning_rate} for group in groups]
-    return factory(param_groups, lr=learning_rate, **arguments)
+    optimizer = _make(record, args, param_groups, learning_rate)
+    if has_modes(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+    return optimizer
+
+
+def has_modes(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it trains at other weights than it delivers; a class that is not listed shows it by its methods."""
+    record = record_of(optimizer)
+    if record is not None and record in RECORDS:
+        return record.modes
+    return all(callable(getattr(optimizer, method, None)) for method in ("train", "eval"))
+
+
+def given_arguments(name: str, args: Sequence[str]) -> dict[str, Any]:
+    """``args`` as the keyword arguments that they stand for. UserError as ``build``."""
+    record = find(name)
+    return _arguments(record, args, _load(record))
+
+
+def _make(record: Record, args: Sequence[str], param_groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
+    import torch
+
+    factory = _load(record)
+    given = {**record.defaults, **_arguments(record, args, factory)}
+    parameters = [parameter for group in param_groups for parameter in group["params"]]
+    if record.fused and not {"fused", "foreach", "differentiable"} & given.keys():
+        if all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters):
+            given["fused"] = True
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # some announce themselves
+            optimizer = factory(param_groups, lr=learning_rate, **given)
+    except Exception as error:
+        raise _unusable(record, args, error) from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"{record.name} is not an optimizer of torch", place=_PLACE,
+                        remedy="name a subclass of torch.optim.Optimizer")
+    optimizer.kiln_record = record  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _unusable(record: Record, args: Sequence[str], error: Exception) -> UserError:
+    said = f"{error}" or type(error).__name__
+    return UserError(f"{record.name} refuses its arguments ({' '.join(args)}): {said}", place=_ARGS_PLACE,
+                     remedy="correct or remove them")
 
 
 def _load(record: Record) -> type:
@@ -110,36 +155,22 @@ def _load(record: Record) -> type:
         logging.getLogger(record.noisy_logger).setLevel(logging.ERROR)
     module, _, attribute = record.path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        factory = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # also a package that is there but broken, e.g. built for another CUDA
-        reason = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported: {error}"
-        raise UserError(f"{record.name} needs the package {record.package}, which {reason}", place=_PLACE,
-                        remedy=f"run: pip install {record.package}") from error
+        raise _not_there(record, error) from error
+    if not record.matrices:
+        return factory
+    from library.optim.matrices import over_matrices
+    return over_matrices(factory)
+
+
+def _not_there(record: Record, error: Exception) -> UserError:
+    if record not in RECORDS and not isinstance(error, ModuleNotFoundError):
+        return UserError(f"{record.path} cannot be imported: {error}", place=_PLACE, remedy="check its spelling")
+    reason = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported: {error}"
+    remedy = f"run: pip install {record.package}" if record in RECORDS else "install it, or check the spelling of the path"
+    return UserError(f"{record.name} needs the package {record.package}, which {reason}", place=_PLACE, remedy=remedy)
 
 
 def _arguments(record: Record, args: Sequence[str], factory: type) -> dict[str, Any]:
-    known = [key for key in inspect.signature(factory).parameters if key not in ("params", "lr")]
-    arguments: dict[str, Any] = {}
-    for arg in args:
-        key, equals, text = arg.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise UserError(f"{arg!r} is not of the form key=value", place=_ARGS_PLACE,
-                            remedy="write for example weight_decay=0.01")
-        try:
-            value = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            raise UserError(f"{text!r} is not a Python value (in {arg!r})", place=_ARGS_PLACE,
-                            remedy="write numbers, True, False, None, or tuples as in betas=0.9,0.99; put text in quotes, "
-                                   f"as in {key}='...'") from None
-        if key == "lr":
-            raise UserError(f"{arg!r}: the learning rate is a flag of its own", place=_ARGS_PLACE, remedy="use --learning_rate")
-        if key not in known:
-            raise UserError(f"{record.name} has no argument {key!r}", place=_ARGS_PLACE,
-                            remedy=nearest(key, known) or f"it has {', '.join(known)}")
-        if key in arguments:
-            raise UserError(f"{key} is given twice", place=_ARGS_PLACE, remedy="keep one of them")
-        if key in record.refused and value:
-            raise UserError(f"{arg!r} cannot be used: {record.refused[key]}", place=_ARGS_PLACE, remedy=f"leave {key} out")
-        arguments[key] = value
-    return arguments
+    return arguments.read(args, factory, owner=record.name, place=_ARGS_PLACE, reserved=_RESERVED, refused=record.refused)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from library.errors import UserError
-from library.optim.groups import Group, named_parameters
+from library.optim.groups import Group
 from library.optim.rounding import StochasticRounding
+from library.optim.schedule import Curve
+from library.optim.updating import Updating
 
 _SKIPS_UNTIL_ERROR = 40  # the scale of float16 gradients halves with every skip: after 40 it cannot be the scale
 
@@ -37,28 +38,19 @@ class UpdateInfo:
     left_out: bool = False
 
 
-class StepAfterBackward:
+class StepAfterBackward(Updating):
     """The plain updater: after the last micro-batch of a step, one update of all parameters.
 
-    ``schedule`` (step, total_steps) -> factor on each group's learning rate. ``max_grad_norm`` 0 turns clipping off. With
-    ``rounding``, ``optimizer`` was built over ``rounding.groups``; ``groups`` always hold the model's own parameters.
+    ``max_grad_norm`` 0 turns clipping off. For the rest see ``Updating``.
     """
 
     inside_backward = False  # whether weights change before the backward pass is at its end
 
-    def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group], schedule: Callable[[int, int], float],
+    def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Group], schedule: Curve,
                  max_grad_norm: float, rounding: StochasticRounding | None = None):
-        self._optimizer = optimizer
-        self._groups = tuple(groups)
-        self._schedule = schedule
+        super().__init__(optimizer, groups, schedule, rounding)
         self._max_grad_norm = max_grad_norm
-        self._rounding = rounding
-        self._parameters = named_parameters(groups)
-        self._stepped = named_parameters(rounding.groups if rounding else groups)  # what the optimizer's state belongs to
         self._skips_in_a_row = 0
-        held = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
-        named = [[id(p) for _, p in group.params] for group in (rounding.groups if rounding else groups)]
-        assert held == named, "the optimizer was built over other parameters than the updater's groups"
 
     def begin_microbatch(self, step: int, total_steps: int, last_microbatch: bool) -> None:
         """Before the forward pass of every micro-batch; means something to ``StepInBackward`` alone."""
@@ -71,6 +63,7 @@ class StepAfterBackward:
         for the device is for the gradient norm, needed before the step so that a NaN never reaches a weight.
         Raises NonFinite, with the weights as they were, naming the step (counted from 1, as shown to users) and the parameters.
         """
+        assert not self._evaluating, "a step inside evaluating()"
         if not last_microbatch:
             return None
         if scaler is not None:
@@ -86,7 +79,7 @@ class StepAfterBackward:
             error = self._non_finite(norm, step)
             error.hopeless = scaler is not None
             raise error
-        learning_rate = self._set_learning_rates(self._schedule(step, total_steps))
+        learning_rate = self._set_learning_rates(step, total_steps)
         if not skipped:
             if 0 < self._max_grad_norm < norm + 1e-6:  # 1e-6: as in clip_grad_norm_, of which this is the second half
                 clip_grads_with_norm_(trained, self._max_grad_norm, norm_tensor)
@@ -101,8 +94,7 @@ class StepAfterBackward:
         """Update number ``step`` (counted from 0) is not made: whatever gradients there are, are given up."""
         for parameter in self._parameters.values():
             parameter.grad = None
-        rate = self._groups[0].learning_rate * self._schedule(step, total_steps)
-        return UpdateInfo(math.nan, rate, skipped=True, left_out=True)
+        return UpdateInfo(math.nan, self._first_rate(step, total_steps), skipped=True, left_out=True)
 
     def _step(self, step: int) -> None:
         if self._rounding is not None:
@@ -110,22 +102,9 @@ class StepAfterBackward:
         else:
             self._optimizer.step()
 
-    def _set_learning_rates(self, factor: float) -> float:
-        for group, held in zip(self._groups, self._optimizer.param_groups, strict=True):
-            held["lr"] = group.learning_rate * factor
-        return self._groups[0].learning_rate * factor
-
     def _non_finite(self, norm: float, step: int) -> NonFinite:
         bad = [name for name, p in self._parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
         return non_finite(norm, bad, step, "the weights were not touched")
-
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """See ``named_state``."""
-        return named_state(self._optimizer, self._stepped)
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """See ``take_state``."""
-        take_state(self._optimizer, self._stepped, state)
 
 
 def non_finite(norm: float, names: Sequence[str], step: int, consequence: str) -> NonFinite:
@@ -135,45 +114,6 @@ def non_finite(norm: float, names: Sequence[str], step: int, consequence: str) -
                      "--learning_rate, use --mixed_precision bf16 instead of fp16, or look for broken pictures in this step")
 
 
-def named_state(optimizer: torch.optim.Optimizer, stepped: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """The optimizer's state by parameter name: {name: {key: tensor or number}}. Tensors are the live ones, not copies.
-
-    Learning rates and other settings are not part of it: they come from the configuration of the run that continues.
-    """
-    return {name: dict(optimizer.state.get(parameter, {})) for name, parameter in stepped.items()}
-
-
-def require_names(stepped: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """UserError unless ``state`` is of the parameters ``stepped``."""
-    if state.keys() != stepped.keys():
-        stray = sorted(state.keys() ^ stepped.keys())
-        raise UserError(f"the saved optimizer state is of other weights ({len(stray)} names stand on one side only, such as "
-                        f"{stray[0]!r})", remedy="resume with the model and the settings that the state was saved with")
-
-
-def take_state(optimizer: torch.optim.Optimizer, stepped: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Any]]) -> None:
-    """Take over a state made by ``named_state``, bit for bit. UserError when it is of other parameters.
-
-    The optimizers' own load_state_dict is avoided: it matches parameters by position, and casts float state to the dtype of
-    the weights, which for bfloat16 weights loses most of it.
-    """
-    require_names(stepped, state)
-    settings = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in stepped.items():
-        optimizer.state.pop(parameter, None)
-        if state[name]:  # optimizers take an absent entry, not an empty one, for a parameter that was never stepped
-            values = {key: _placed(key, value, parameter, settings[id(parameter)]) for key, value in state[name].items()}
-            optimizer.state[parameter] = values
-
-
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The norm over all of them, a float32 scalar: torch's own get_total_norm rounds it to the dtype of the gradients."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32)))
-
-
-def _placed(key: str, value: Any, parameter: Tensor, settings: Mapping[str, Any]) -> Any:
-    """A copy of ``value`` on the device where the optimizer expects it: torch's step counters stay on the CPU unless fused."""
-    if not isinstance(value, Tensor):
-        return value
-    on_cpu = key == "step" and not (settings.get("fused") or settings.get("capturable"))
-    return value.detach().clone().to("cpu" if on_cpu else parameter.device)

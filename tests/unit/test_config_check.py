@@ -44,6 +44,16 @@ def lines(*argv):
     ("--weights_dtype bf16 --mixed_precision fp16", "--weights_dtype: bf16 weights need bf16 arithmetic"),
     ("--lr_warmup_steps 10", "--lr_warmup_steps: the constant schedule has no warm-up"),
     ("--lr_warmup_steps 1600 --lr_scheduler cosine", "--lr_warmup_steps: warm-up of 1600 steps fills the whole run"),
+    ("--lr_warmup_steps 10 --lr_scheduler piecewise_constant --lr_scheduler_args step_rules=1:5,0.1",
+     "--lr_warmup_steps: the piecewise constant schedule has no warm-up"),
+    ("--lr_scheduler piecewise_constant", "--lr_scheduler_args: piecewise_constant needs its steps"),
+    ("--lr_scheduler warmup_stable_decay", "--lr_decay_steps: warmup_stable_decay needs the length of its fall"),
+    ("--lr_scheduler_type StepLR --lr_scheduler cosine", "--lr_scheduler_type: contradicts --lr_scheduler cosine"),
+    ("--lr_scheduler_type StepLR --lr_warmup_steps 5", "--lr_warmup_steps: a scheduler class is not warmed up"),
+    ("--lr_scheduler_args gamma=0.1", "--lr_scheduler_args: --lr_scheduler constant takes no such arguments"),
+    ("--lr_scheduler_type StepLR --lr_scheduler_args gamma", "--lr_scheduler_args: 'gamma' is not name=value"),
+    ("--use_8bit_adam --use_lion_optimizer", "--use_lion_optimizer: contradicts --use_8bit_adam"),
+    ("--use_8bit_adam --optimizer_type Lion", "--use_8bit_adam: contradicts --optimizer_type Lion"),
     ("--optimizer_args weight_decay", "--optimizer_args: 'weight_decay' is not name=value"),
     ("--optimizer_args a=1 a=2", "--optimizer_args: a stands twice"),
     ("--min_timestep 500 --max_timestep 500", "--min_timestep: 500 leaves nothing below max_timestep 500"),
@@ -205,3 +215,30 @@ def test_remarks():
 def test_a_hub_id_is_left_to_the_search_for_files():
     assert not lines("--pretrained_model_name_or_path", "some-org/some-model.1")
     assert lines("--pretrained_model_name_or_path", "some-folder/some-model.safetensors")
+
+
+@pytest.mark.parametrize("argv, expected", [
+    ("--lr_scheduler_num_cycles 3", "--lr_scheduler_num_cycles has no effect with the schedule constant: read by cosine_with_restarts"),
+    ("--lr_scheduler_power 2 --lr_scheduler cosine", "--lr_scheduler_power has no effect with the schedule cosine: read by polynomial"),
+    ("--lr_scheduler_timescale 9 --lr_scheduler_type StepLR", "--lr_scheduler_timescale has no effect with the schedule StepLR"),
+    ("--use_8bit_adam", "--use_8bit_adam is taken for --optimizer_type AdamW8bit"),
+    ("--use_lion_optimizer --optimizer_type Lion", "--use_lion_optimizer is taken for --optimizer_type Lion"),
+])
+def test_settings_of_other_schedules_and_old_names_are_named(argv, expected):
+    (note,) = parse(ENTRY, [*REQUIRED, *argv.split()], {}).notes
+    assert note.startswith(expected)
+
+
+@pytest.mark.parametrize("argv", [
+    "--lr_scheduler cosine_with_restarts --lr_scheduler_num_cycles 3", "--lr_scheduler polynomial --lr_scheduler_power 2",
+    "--lr_scheduler warmup_stable_decay --lr_decay_steps 20% --lr_scheduler_min_lr_ratio 0.1",
+    "--lr_scheduler inverse_sqrt --lr_scheduler_timescale 500 --lr_warmup_steps 100", "--lr_scheduler_num_cycles 1",
+])
+def test_settings_that_the_schedule_reads_pass_in_silence(argv):
+    assert lines(*argv.split()) == () and parse(ENTRY, [*REQUIRED, *argv.split()], {}).notes == ()
+
+
+def test_old_names_of_optimizers():
+    chosen = [parse(ENTRY, [*REQUIRED, *argv.split()], {}).optimizer.chosen_type
+              for argv in ("", "--use_8bit_adam", "--use_lion_optimizer", "--optimizer_type Adafactor")]
+    assert chosen == ["AdamW", "AdamW8bit", "Lion", "Adafactor"]

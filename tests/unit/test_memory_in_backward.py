@@ -10,21 +10,35 @@ from library.memory.boundaries import Boundaries
 from library.memory.in_backward import StepInBackward, average_over_ranks
 from library.memory.transport import CpuTransport
 from library.optim import table
+from library.optim.fitting import streams_states
 from library.optim.groups import Group
 from library.optim.schedule import Schedule
 from library.optim.updater import NonFinite, total_norm
 from tests.unit.memory_helpers import TOTAL, LateTransport, Model, Run, Setting, assert_same
+from tests.unit.optim_helpers import param
 
-OPTIMIZERS = [record.name for record in table.RECORDS]
+EVERY_WAY = ("AdamW", "AdamW8bit", "Adafactor", "AdamWScheduleFree")  # the others in one way each
+OTHERS = [param(record) for record in table.RECORDS if record.per_parameter and record.name not in EVERY_WAY
+          and (record.name != "PagedAdEMAMix8bit" or torch.cuda.is_available())]  # whose pages need a graphics card
+SUMMING = [param(record) for record in table.RECORDS if not record.per_parameter]
 UNITS = pytest.mark.parametrize("unit", ["parameter", "block"])
 STREAMED = dict(streamed=5, look_ahead=1, stream_states=True)
 
 
 @UNITS
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", EVERY_WAY)
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_equal_to_the_plain_updater(unit, optimizer, micro, dtype):
+    equal_to_the_plain_updater(unit, optimizer, micro, dtype)
+
+
+@pytest.mark.parametrize("record", OTHERS)
+def test_equal_to_the_plain_updater_with_any_optimizer(record):
+    equal_to_the_plain_updater("parameter", record.name, 1, torch.float32)
+
+
+def equal_to_the_plain_updater(unit, optimizer, micro, dtype):
     same = dict(optimizer=optimizer, micro=micro, dtype=dtype)
     plain, ours = Run(Setting(**same)), Run(Setting(unit=unit, **same))
     assert ours.train(0, 3) == plain.train(0, 3)
@@ -72,15 +86,26 @@ def test_a_second_backward_pass_in_the_last_micro_batch_is_caught(unit):
 @UNITS
 @pytest.mark.parametrize("options", [{}, STREAMED], ids=["resident", "streamed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", EVERY_WAY)
 def test_a_run_goes_on_with_another_unit(unit, options, dtype, optimizer):
+    goes_on_with_another_unit(unit, options, dtype, optimizer)
+
+
+@pytest.mark.parametrize("record", OTHERS)
+def test_a_run_goes_on_with_another_unit_and_any_optimizer(record):
+    goes_on_with_another_unit("block", STREAMED, torch.bfloat16, record.name)
+
+
+def goes_on_with_another_unit(unit, options, dtype, optimizer):
+    streamed = {**STREAMED, "stream_states": streams_states(table.find(optimizer))}
+    options = {**options, **(streamed if options else {})}
     same = dict(dtype=dtype, optimizer=optimizer)
     whole, first = Run(Setting(**same)), Run(Setting(unit=unit, **same, **options))
     whole.train(0, 6)
     first.train(0, 3)
     buffer = io.BytesIO()
     torch.save((first.weights(), first.updater.state_dict()), buffer)
-    others = [Setting(**same), Setting(unit="block", **same, **STREAMED), Setting(unit="parameter", **same)]
+    others = [Setting(**same), Setting(unit="block", **same, **streamed), Setting(unit="parameter", **same)]
     for setting in others:
         buffer.seek(0)
         weights, state = torch.load(buffer, weights_only=True)
@@ -125,10 +150,10 @@ def test_without_the_guard_the_error_comes_all_the_same():
         run.step(0)
 
 
-def refuse(**options):
+def refuse(name="AdamW", **options):
     model = Model(2)
     groups = [Group("all", tuple(model.named_parameters()), 1e-3)]
-    optimizer = table.build("AdamW", [], groups, 1e-3)
+    optimizer = table.build(name, [], groups, 1e-3)
     return StepInBackward(optimizer, groups, Schedule("constant"), "block", Boundaries(list(model.blocks)), **options)
 
 
@@ -139,6 +164,12 @@ def test_refused():
         refuse(stream_states=True)
     with pytest.raises(UserError, match="use bf16"):
         refuse().after_backward(0, 1, True, torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize("record", SUMMING)
+def test_optimizers_that_sum_over_all_gradients_are_refused(record):
+    with pytest.raises(UserError, match="--optimizer_type: .*sums over all gradients.*leave --fused_backward_pass"):
+        refuse(record.name)
 
 
 def test_a_forgotten_begin_is_caught():
