@@ -60,7 +60,7 @@ def test_sources_are_named_without_their_path(tmp_path):
 
 def test_averaged_files_say_so_and_paths_stay_out_of_arguments():
     config = SimpleNamespace(ema=SimpleNamespace(ema_decay=0.99),
-                             optimizer=SimpleNamespace(optimizer_type="X", optimizer_args=("a=1", "file=/home/me/x", "b=2")))
+                             optimizer=SimpleNamespace(chosen_type="X", optimizer_args=("a=1", "file=/home/me/x", "b=2")))
     value = next(one.value for one in TABLE if one.name == "ss_ema_decay")
     assert value(SimpleNamespace(config=config), run_metadata.Moment(1, 1, 0.0, True)) == 0.99
     assert value(SimpleNamespace(config=config), run_metadata.Moment(1, 1, 0.0)) is None

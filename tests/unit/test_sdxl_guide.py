@@ -130,6 +130,8 @@ def _shared(optimizer) -> set[int]:
 
 
 def adafactor_bytes(shape: tuple[int, ...]) -> int:
+    """Rows and columns; convolutions are matrices (outputs, all others)."""
+    shape = (shape[0], math.prod(shape[1:])) if len(shape) == 4 else shape
     return 4 * (math.prod(shape[:-1]) + math.prod(shape[:-2] + shape[-1:]) if len(shape) > 1 else math.prod(shape))
 
 
