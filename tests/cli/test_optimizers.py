@@ -15,7 +15,7 @@ import flux_train
 from library.app import main
 from library.config.schema import SCHEDULES
 from library.optim.records import RECORDS
-from tests.cli.runs import run_all
+from tests.cli.conftest import run_all
 from tests.contract.conftest import dataset_file, losses
 from tests.unit.optim_helpers import ARGS, param, rate
 
