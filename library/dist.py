@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -17,13 +17,15 @@ from library.errors import UserError
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how this process computes. ``compute_dtype`` is the dtype of matrix products under autocast."""
+    """Where and how this process computes. ``compute_dtype`` is the dtype of matrix products under autocast; ``beside_main``:
+    how many processes, rank 0 and those after it, certainly see the same disk as rank 0."""
 
     accelerator: Accelerator
     device: torch.device
     rank: int
     world_size: int
     compute_dtype: torch.dtype
+    beside_main: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -105,7 +107,11 @@ def open_runtime(mixed_precision: str, seed: int) -> Runtime:
         raise UserError(f"{launched} processes were started, but accelerate joins only {accelerator.num_processes}",
                         remedy="start one process (plain python), or as many as there are devices")
     set_seed(seed)
-    return Runtime(accelerator, accelerator.device, accelerator.process_index, accelerator.num_processes, DTYPES[mixed_precision])
+    alone = Runtime(accelerator, accelerator.device, accelerator.process_index, accelerator.num_processes,
+                    DTYPES[mixed_precision])
+    # Launchers number the processes machine by machine, and tell each how many there are on its own.
+    on_its_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return replace(alone, beside_main=min(alone.exchange(on_its_machine)[0], alone.world_size))
 
 
 _LAUNCHER = os.getppid() if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None

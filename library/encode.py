@@ -99,7 +99,7 @@ def encode_all(arch: Architecture, runtime: Runtime, caching: CachingOptions, se
 
     if caching.latents_cached:
         parts = _cache_latents(arch, runtime, caching, vae, dtype, parts, remember)
-    previewer = vae.get() if prompts and runtime.is_main else None
+    previewer = vae.get() if prompts and runtime.rank < runtime.beside_main else None
     if caching.latents_cached:
         previewer = previewer.to("cpu") if previewer is not None else None
         vae.free()  # before the text encoders come

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.atomic import atomic_file
-from library.contact_sheet import picture_name, settings_of, write_contact_sheet
+from library.contact_sheet import picture_name, settings_of
 from library.errors import UserError
 from library.log import log
 from library.prompts import Prompt, batches, with_seeds
@@ -36,11 +37,10 @@ def due(step: int, epoch: int, epoch_ended: bool, *, every_n_steps: int | None =
 
 @dataclass(frozen=True)
 class Rendered:
-    """What one round of previews wrote: a PNG per prompt, in their order, and the contact sheet of the run so far.
-    ``batch_size``: how many were drawn together; 1 when there was no memory for as many as asked for."""
+    """What one round of previews wrote: a PNG per prompt, in their order. ``batch_size``: how many were drawn together; 1 when
+    there was no memory for as many as asked for."""
 
     images: tuple[Path, ...]
-    sheet: Path
     batch_size: int
 
 
@@ -48,8 +48,9 @@ Sample = Callable[[Sequence[Prompt]], "Sequence[Image.Image]"]
 
 
 def render_all(prompts: Sequence[Prompt], sample: Sample, folder: Path, name: str | None, step: int,
-               batch_size: int = 1) -> Rendered:
-    """Render every prompt as ``folder/{name}_{step}_{index}_{seed}.png``, then redraw ``folder/{name}_contact_sheet.png``.
+               batch_size: int = 1, share: tuple[int, int] = (0, 1)) -> Rendered:
+    """Render every prompt as ``folder/{name}_{step}_{index}_{seed}.png``; of n processes that do so together, number k has
+    ``share`` (k, n) and renders a part.
 
     ``sample(prompts)`` returns the pictures of up to ``batch_size`` prompts that can be drawn together (``prompts.batches``);
     their seeds are always set there. It runs without gradients, and the random state of torch (CPU and CUDA), numpy and
@@ -66,7 +67,8 @@ def render_all(prompts: Sequence[Prompt], sample: Sample, folder: Path, name: st
     prompts = with_seeds(prompts)
     images = [Path(folder) / picture_name(name, step, index, prompt.seed) for index, prompt in enumerate(prompts)]
     with preserved_random_state(), torch.no_grad():
-        waiting = batches(prompts, batch_size)
+        number, sharing = share
+        waiting = batches(prompts, min(batch_size, math.ceil(len(prompts) / sharing)))[number::sharing]
         while waiting:
             batch = waiting.pop(0)
             drawn = _drawn([prompts[index] for index in batch], sample)
@@ -76,7 +78,7 @@ def render_all(prompts: Sequence[Prompt], sample: Sample, folder: Path, name: st
                 continue
             for index, picture in zip(batch, drawn, strict=True):
                 save_picture(picture, images[index], {**settings_of(prompts[index]), "step": str(step)})
-    return Rendered(tuple(images), write_contact_sheet(folder, name, prompts, step), batch_size)
+    return Rendered(tuple(images), batch_size)
 
 
 def _drawn(prompts: Sequence[Prompt], sample: Sample) -> Sequence[Image.Image] | None:

@@ -12,6 +12,7 @@ from torch import nn
 from library import preview
 from library.architectures.base import Architecture, TextEncoders
 from library.config.schema import SamplingOptions
+from library.contact_sheet import write_contact_sheet
 from library.dist import Runtime
 from library.encode import Encoded
 from library.errors import UserError
@@ -23,8 +24,8 @@ from library.trackers import Tracker
 
 
 class Previews:
-    """``prompts`` as pictures in ``folder`` and in the trackers; the first rank draws, the others wait. ``delivered()``: a
-    context in which the model has the weights that the optimizer delivers."""
+    """``prompts`` as pictures in ``folder`` and in the trackers; the processes beside the first rank draw a part each,
+    others wait. ``delivered()``: a context in which the model has the weights that the optimizer delivers."""
 
     def __init__(self, options: SamplingOptions, runtime: Runtime, arch: Architecture, denoiser: nn.Module,
                  encoders: TextEncoders, encoded: Encoded, prompts: Sequence[Prompt], folder: Path, name: str, tracker: Tracker,
@@ -33,6 +34,7 @@ class Previews:
         self.denoiser, self.encoders, self.encoded = denoiser, encoders, encoded
         self.prompts, self.folder, self.name, self.tracker = prompts, folder, name, tracker
         self.delivered = delivered
+        self.images: tuple[Path, ...] = ()  # of the last round
         self.batch_size = options.sample_batch_size  # as long as the memory is there
 
     def __call__(self, step: int, epoch: int, epoch_ended: bool, at_first: bool = False) -> None:
@@ -42,17 +44,29 @@ class Previews:
         if not self.prompts or not preview.due(step, epoch, epoch_ended, every_n_steps=options.sample_every_n_steps,
                                                every_n_epochs=options.sample_every_n_epochs, at_first=at_first):
             return
-        if self.runtime.is_main:
-            try:
-                with telling(*DRAWING):
-                    self._draw(step)
-            except UserError as error:  # a full disk, too little memory, on Windows a contact sheet that a viewer has open
-                if step == 0:
-                    raise
-                log.error("no previews at step %d, training goes on: %s", step, error)
-        self.runtime.wait()
+        error = self._attempt(lambda: self._draw(step)) if self.runtime.rank < self.runtime.beside_main else None
+        errors, sizes = zip(*self.runtime.exchange((error, self.batch_size)), strict=True)
+        self.batch_size = min(sizes)  # batches must be the same everywhere
+        error = next(filter(None, errors), None)
+        if error is None:
+            error = self.runtime.exchange(self._attempt(lambda: self._show(step)) if self.runtime.is_main else None)[0]
+        if error is not None and step == 0:
+            raise UserError(error)
+        if error is not None and self.runtime.is_main:
+            log.error("no previews at step %d, training goes on: %s", step, error)
+
+    @staticmethod
+    def _attempt(action: Callable[[], None]) -> str | None:
+        """What is wrong: a full disk, too little memory, on Windows a contact sheet that a viewer has open."""
+        try:
+            with telling(*DRAWING):
+                action()
+        except UserError as error:
+            return str(error)
+        return None
 
     def _draw(self, step: int) -> None:
+        """The part of this process."""
         vae = self.encoded.vae.to(self.runtime.device)
 
         def draw(prompts: Sequence[Prompt]):
@@ -61,14 +75,18 @@ class Previews:
 
         try:
             with self.delivered(), evaluating([self.denoiser, *self.encoders.modules.values()]):
-                rendered = preview.render_all(self.prompts, draw, self.folder, self.name, step, self.batch_size)
+                rendered = preview.render_all(self.prompts, draw, self.folder, self.name, step, self.batch_size,
+                                              (self.runtime.rank, self.runtime.beside_main))
         finally:
             if self.encoded.train.latents is not None:
                 vae.to("cpu")  # its device memory belongs to training again
-        self.batch_size = rendered.batch_size
-        for index, picture in enumerate(rendered.images):
+        self.batch_size, self.images = rendered.batch_size, rendered.images
+
+    def _show(self, step: int) -> None:
+        """All of them, in the trackers and on the contact sheet."""
+        for index, picture in enumerate(self.images):
             self.tracker.picture(step, f"previews/{index:02d}", picture)
-        log.info("previews of step %d: %s", step, rendered.sheet)
+        log.info("previews of step %d: %s", step, write_contact_sheet(self.folder, self.name, self.prompts, step))
 
     def _together(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """One by one and then joined, so that they are the same in any company."""

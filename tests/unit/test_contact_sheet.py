@@ -2,9 +2,9 @@ import pytest
 from PIL import Image, ImageChops, ImageFont
 
 from library import contact_sheet
-from library.contact_sheet import CELL, GAP, LABEL_WIDTH, MARGIN, find_pictures, font_for, spread, wrap, write_contact_sheet
+from library.contact_sheet import CELL, GAP, LABEL_WIDTH, MARGIN, find_pictures, font_for, picture_name, spread, wrap, write_contact_sheet
 from library.preview import render_all
-from library.prompts import Prompt, with_seeds
+from library.prompts import FIRST_SEED, Prompt, with_seeds
 
 RED, BLUE = (200, 10, 10), (10, 10, 200)
 
@@ -13,7 +13,8 @@ def render(folder, prompts, step, color=RED, name="run"):
     def sample(batch):
         return [Image.new("RGB", (prompt.width, prompt.height), color) for prompt in batch]
 
-    return render_all(prompts, sample, folder, name, step)
+    render_all(prompts, sample, folder, name, step)
+    return write_contact_sheet(folder, name, with_seeds(prompts), step)
 
 
 def cells(path, prompts, columns):
@@ -30,7 +31,7 @@ TWO = (Prompt("a", width=64, height=64), Prompt("b", width=512, height=512))
 
 def test_the_sheet_grows_by_a_column_per_step(tmp_path):
     render(tmp_path, TWO, 0, RED)
-    sheet = render(tmp_path, TWO, 10, BLUE).sheet
+    sheet = render(tmp_path, TWO, 10, BLUE)
     assert cells(sheet, TWO, 2) == [[RED, BLUE], [RED, BLUE]]
 
 
@@ -38,36 +39,38 @@ def test_pictures_from_before_a_restart_stay_and_later_ones_of_another_run_do_no
     for step in (0, 10, 90):
         render(tmp_path, TWO, step)
     assert sorted({step for step, _ in find_pictures(tmp_path, "run", with_seeds(TWO), 20)}) == [0, 10]
-    assert cells(render(tmp_path, TWO, 20, BLUE).sheet, TWO, 3) == [[RED, RED, BLUE]] * 2
+    assert cells(render(tmp_path, TWO, 20, BLUE), TWO, 3) == [[RED, RED, BLUE]] * 2
 
 
 def test_an_edited_prompt_starts_anew(tmp_path):
     render(tmp_path, TWO, 0)
     edited = (TWO[0], Prompt("c", width=512, height=512))
-    (first, second) = cells(render(tmp_path, edited, 10, BLUE).sheet, edited, 2)
+    (first, second) = cells(render(tmp_path, edited, 10, BLUE), edited, 2)
     assert first == [RED, BLUE]
     assert second[1] == BLUE and second[0] not in (RED, BLUE)
 
 
 def test_other_files_and_damaged_pictures_are_no_obstacle(tmp_path):
-    damaged = render(tmp_path, TWO, 0).images[0]
+    render(tmp_path, TWO, 0)
+    damaged = tmp_path / picture_name("run", 0, 0, FIRST_SEED)
     damaged.write_bytes(b"")
-    cut = render(tmp_path, TWO, 5).images[0]
+    render(tmp_path, TWO, 5)
+    cut = tmp_path / picture_name("run", 5, 0, FIRST_SEED)
     cut.write_bytes(cut.read_bytes()[:-40])
     for name in ("run_notes.txt", "run_000001_00_x.png", "runs_000001_00_1000.png"):
         (tmp_path / name).write_bytes(b"foreign")
-    first, second = cells(render(tmp_path, TWO, 10).sheet, TWO, 3)
+    first, second = cells(render(tmp_path, TWO, 10), TWO, 3)
     assert first[0] != RED and first[2] == RED and second == [RED, RED, RED]
 
 
 def test_runs_with_other_names_are_kept_apart(tmp_path):
     render(tmp_path, TWO, 0, name="a")
-    assert cells(render(tmp_path, TWO, 5, BLUE, name="b").sheet, TWO, 1) == [[BLUE], [BLUE]]
+    assert cells(render(tmp_path, TWO, 5, BLUE, name="b"), TWO, 1) == [[BLUE], [BLUE]]
 
 
 def test_at_most_eight_columns(tmp_path):
     for step in range(0, 110, 10):
-        sheet = render(tmp_path, TWO[:1], step).sheet
+        sheet = render(tmp_path, TWO[:1], step)
     assert len(cells(sheet, TWO[:1], 8)[0]) == 8
 
 
@@ -85,7 +88,7 @@ def test_spread_steps_are_all_different():
 
 def test_wide_and_high_pictures_keep_their_shape(tmp_path):
     prompts = (Prompt("wide", width=128, height=64), Prompt("high", width=64, height=128))
-    with Image.open(render(tmp_path, prompts, 0).sheet) as sheet:
+    with Image.open(render(tmp_path, prompts, 0)) as sheet:
         assert sheet.height == MARGIN + 86 + 128 + GAP + 256 + MARGIN
         red = Image.eval(sheet.getchannel("R"), lambda value: 255 if value == RED[0] else 0)
         green = Image.eval(sheet.getchannel("G"), lambda value: 255 if value == RED[1] else 0)
@@ -95,13 +98,13 @@ def test_wide_and_high_pictures_keep_their_shape(tmp_path):
 
 def test_very_many_prompts_make_smaller_thumbnails(tmp_path):
     prompts = [Prompt(f"prompt {index}", width=16, height=16) for index in range(120)]
-    with Image.open(render(tmp_path, prompts, 0).sheet) as sheet:
+    with Image.open(render(tmp_path, prompts, 0)) as sheet:
         assert sheet.height < contact_sheet.MAX_SHEET_HEIGHT + 200
 
 
 def test_the_prompt_and_the_step_are_written_on_the_sheet(tmp_path):
     def ink(box, prompt, step):
-        with Image.open(render(tmp_path / prompt.text[:1], [prompt], step).sheet) as sheet:
+        with Image.open(render(tmp_path / prompt.text[:1], [prompt], step)) as sheet:
             return sheet.convert("L").crop(box).point(lambda value: value < 128).histogram()[1]
 
     label = (MARGIN, MARGIN + 86, MARGIN + LABEL_WIDTH, MARGIN + 86 + 150)

@@ -38,8 +38,7 @@ def test_when_previews_are_due(step, epoch, ended, settings, expected):
 def test_one_picture_per_prompt_with_its_settings_in_the_file(tmp_path):
     rendered = render_all(PROMPTS, plain, tmp_path / "sample", "run", 40)
     assert [path.name for path in rendered.images] == [f"run_000040_00_{FIRST_SEED}.png", "run_000040_01_5.png"]
-    assert rendered.sheet.name == "run_contact_sheet.png"
-    assert set((tmp_path / "sample").iterdir()) == {*rendered.images, rendered.sheet}
+    assert set((tmp_path / "sample").iterdir()) == set(rendered.images)
     with Image.open(rendered.images[1]) as image:
         assert image.size == (16, 16) and image.getpixel((0, 0)) == (3, 90, 20)
         texts = {key: image.info[key] for key in ("prompt", "seed", "step", "sample_steps", "size")}
@@ -55,7 +54,7 @@ def test_sample_gets_a_seed_and_no_gradients(tmp_path):
 
     render_all(PROMPTS, sample, tmp_path, None, 0)
     assert calls == [("a fox", FIRST_SEED, False), ("K\u00e4tzchen \u732b", 5, False)]
-    assert torch.is_grad_enabled() and (tmp_path / "000000_01_5.png").is_file() and (tmp_path / "contact_sheet.png").is_file()
+    assert torch.is_grad_enabled() and (tmp_path / "000000_01_5.png").is_file()
 
 
 def draws():
@@ -139,6 +138,20 @@ def test_prompts_that_agree_are_drawn_together(tmp_path):
     for prompt, path in zip(ALIKE, rendered.images, strict=True):
         with Image.open(path) as image:
             assert image.info["prompt"] == prompt.text and image.size == (prompt.width, prompt.height)
+
+
+def test_processes_share_the_work(tmp_path):
+    parts = []
+    for number in range(3):
+        calls = parts.append([]) or parts[-1]
+
+        def sample(prompts, calls=calls):
+            calls.append([prompt.seed for prompt in prompts])
+            return plain(prompts)
+
+        rendered = render_all(ALIKE, sample, tmp_path, "run", 1, batch_size=4, share=(number, 3))
+    assert parts == [[[0, 2]], [[1, 4]], [[3, 5]]]
+    assert all(path.is_file() for path in rendered.images) and rendered.batch_size == 4
 
 
 @pytest.mark.parametrize("change", [{"cfg": 3.0}, {"guidance": 3.0}, {"steps": 3}, {"sampler": "euler"}, {"width": 64},
