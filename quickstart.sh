@@ -35,6 +35,7 @@ cat <<EOT
 
 Done. Look at
   before and after    $OUT/sample/quickstart_contact_sheet.png
+  the run on a page   $OUT/quickstart_report.html
   loss curve          $OUT/quickstart_loss.png
   trained checkpoint  $OUT/quickstart.safetensors   ($LAYOUT)
   every setting       $OUT/quickstart_config.toml
