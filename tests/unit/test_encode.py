@@ -20,7 +20,7 @@ from library.encode import Announce, CaptionVariants, encode_all, without_paddin
 from library.prompts import Prompt
 from tests.unit.data_helpers import one_folder, picture
 
-RUNTIME = SimpleNamespace(device=torch.device("cpu"), compute_dtype=torch.float32, rank=0, world_size=1, is_main=True,
+RUNTIME = SimpleNamespace(device=torch.device("cpu"), compute_dtype=torch.float32, rank=0, world_size=1, is_main=True, beside_main=1,
                           exchange=lambda value: [value])
 LENGTH = 24
 
