@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from library.architectures.base import NO_ENCODERS, Architecture
 from library.config.loss_options import LossOptions
@@ -258,10 +259,14 @@ def measure_step(arch: Architecture, loss: LossOptions, size: tuple[int, int], b
 
 def micro_batch(arch: Architecture, denoiser: nn.Module, objective: object, size: tuple[int, int], batch: int,
                 text_dtype: torch.dtype) -> torch.Tensor:
-    """(B,) losses of a made-up micro-batch, as ``loop.py`` computes them of a real one."""
+    """(B,) losses of a made-up micro-batch, as ``loop.py`` computes them of a real one. Masks are of full texts,
+    and have a memory in any case."""
     latent = (arch.latent.channels, size[1] // arch.latent.factor, size[0] // arch.latent.factor)
     rows = tuple(str(row) for row in range(batch))
     draws = Draws(torch.zeros(batch, *latent), torch.zeros(batch), torch.zeros(batch), rows)
-    text = arch.vary_text(arch.meta_text(batch, text_dtype), draws)
+    text = arch.meta_text(batch, text_dtype)
+    with unset_fake_temporarily():
+        masks = {name: torch.ones(tensor.shape, dtype=torch.bool) for name, tensor in text.items() if tensor.dtype is torch.bool}
+    text = arch.vary_text({**text, **masks}, draws)
     return training_losses(arch, denoiser, objective, torch.zeros(batch, *latent), text, torch.zeros(batch, 6, dtype=torch.int64),
                            torch.ones(batch), None, draws)

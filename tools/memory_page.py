@@ -24,11 +24,12 @@ from library.memory.planner import Planner, gigabytes  # noqa: E402
 from library.memory.setting import Fixed, Optimizer, Setting  # noqa: E402
 from library.optim.states import state_bytes  # noqa: E402
 from library.planning import measure_step  # noqa: E402
-from tests.full_size import write_flux, write_sdxl  # noqa: E402
+from tests.full_size import write_flux, write_lumina, write_sd3, write_sdxl  # noqa: E402
 from tools.options_page import table  # noqa: E402
 
 PAGE = ROOT / "docs" / "memory.md"
-MODELS = (("FLUX.1-dev", "flux_train", write_flux), ("SDXL base 1.0", "sdxl_train", write_sdxl))
+MODELS = (("FLUX.1-dev", "flux_train", write_flux), ("SD3.5-large", "sd3_train", write_sd3), ("SDXL base 1.0", "sdxl_train", write_sdxl),
+          ("Lumina-Image 2.0", "lumina_train", write_lumina))
 CARD = named("RTX 4090")
 
 INTRO = """# Memory

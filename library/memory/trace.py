@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
@@ -119,6 +120,17 @@ class Trace(TorchDispatchMode):
             return tensor.detach()  # an output that was kept as it is would keep itself alive
 
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+
+class Reading(TorchDispatchMode):
+    """What is done among tensors that have a memory is really done, and counts for nothing: models read lengths off masks."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not given or any(isinstance(tensor, FakeTensor) for tensor in given):
+            return func(*args, **(kwargs or {}))
+        with _disable_current_modes():  # the fake tensors' mode among them
+            return func(*args, **(kwargs or {}))
 
 
 class Kernels(TorchFunctionMode):

@@ -11,6 +11,7 @@ from tests.cli.conftest import run_all
 from tests.cli.runs import SCRIPT, checkpoints
 from tests.contract.conftest import dataset_file, losses, make_pictures
 from tests.full_size import write_flux
+from tests.tiny_lumina import make_image_2_files, make_next_files
 from tests.tiny_sdxl import make_sdxl_files
 
 SHORT = ("--t5xxl_max_token_length", "16")
@@ -87,6 +88,19 @@ def test_another_model(pictures, tmp_path):
     assert "blocks" in plain.stdout and "recompute all" in plain.stdout
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["last_schedule.png"]
     assert "- not counted: clip_l, clip_g, which train too" in encoders.stdout
+
+
+@pytest.mark.parametrize("make", [make_image_2_files, make_next_files])
+def test_a_model_that_reads_lengths_off_masks(make, pictures, tmp_path):
+    files = make(tmp_path / "model")
+    base = ["--pretrained_model_name_or_path", files.checkpoint, "--dataset_config", dataset_file(tmp_path / "data.toml", pictures),
+            "--output_dir", tmp_path / "out", "--max_train_steps", 1]
+    plan, run, little = run_all([*base, "--plan"], [*base, "--vram_budget", "1GB"], [*base, "--vram_budget", "1MB"],
+                                script="lumina_train.py")
+    assert plan.status == run.status == 0, plan.text + run.text
+    assert "everything kept on the card" in plan.stdout and "--vram_budget 1GB: everything kept" in run.text
+    assert little.status == 2 and "1.0 MB are not enough" in little.errors[0]
+    assert checkpoints(tmp_path / "out") == ["last.safetensors"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a file with holes takes its full size there")

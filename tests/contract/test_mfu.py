@@ -10,8 +10,6 @@ from tests.contract.conftest import CACHED, dataset_file, make_pictures
 def test_the_share_of_the_peak(case, train, tmp_path, monkeypatch):
     if case.variant:
         pytest.skip("the architecture's first case shows it")
-    if case.name == "lumina-image-2":
-        pytest.skip("the planner does not measure this model yet, so nothing is reported")
     monkeypatch.setattr(outputs, "peak_flops", lambda device, dtype: 1e12)
     data = dataset_file(tmp_path / "data.toml", make_pictures(tmp_path / "pictures", 2))
     out = train(tmp_path / "out", data, *CACHED, "--max_train_steps", "2", "--gradient_checkpointing")

@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import flux_train
+import lumina_train
 import sdxl_train
+from library.architectures.base import NO_ENCODERS
 from library.config.loss_options import LossOptions
 from library.config.parse import parse
 from library.memory.measure import measure
@@ -21,15 +23,18 @@ from library.memory.needs import Needs
 from library.memory.recompute import Recompute
 from library.memory.setting import Setting
 from library.memory.trace import Trace
+from library.methods import full
 from library.planning import measure_step, micro_batch
 from library.run import architecture_of
 from tests.tiny import make_flux_files
+from tests.tiny_lumina import make_image_2_files, make_next_files
 from tests.tiny_sdxl import make_sdxl_files
 from tests.unit.memory_plan_helpers import FIXED
 
 SIZE, BATCH = (96, 64), 2
 MODELS = {"flux": (flux_train.ENTRY, partial(make_flux_files, double_blocks=3, single_blocks=3)),
-          "sdxl": (sdxl_train.ENTRY, make_sdxl_files)}
+          "sdxl": (sdxl_train.ENTRY, make_sdxl_files), "lumina": (lumina_train.ENTRY, make_image_2_files),
+          "lumina-next": (lumina_train.ENTRY, make_next_files)}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -45,12 +50,17 @@ def open_tiny(entry, checkpoint: Path, *flags: str):
 
 
 def measured(arch, weights=torch.float32, autocast=None, cuda=False, batch=BATCH):
-    return measure_step(arch, LossOptions(), SIZE, batch, weights, autocast, lambda denoiser: denoiser.requires_grad_(True), cuda)
+    return measure_step(arch, LossOptions(), SIZE, batch, weights, autocast, partial(train, arch), cuda)
+
+
+def train(arch, denoiser):
+    full.prepare(arch, denoiser, NO_ENCODERS, 1e-3)
 
 
 def real_step(arch, weights=torch.float32, autocast=None):
     """(denoiser, losses) of a real micro-batch, and the bytes of every storage that autograd keeps for it."""
-    denoiser = arch.load_denoiser(torch.device("cpu"), weights).requires_grad_(True)
+    denoiser = arch.load_denoiser(torch.device("cpu"), weights)
+    train(arch, denoiser)
     return denoiser, lambda: micro_batch(arch, denoiser, arch.objective(LossOptions()), SIZE, BATCH, autocast or weights)
 
 
@@ -116,7 +126,7 @@ def test_parameters_and_gradients_are_those_of_the_model(arch):
     assert found.parameters == sum(p.numel() for p in denoiser.parameters())
     assert sum(segment.bytes_of() for segment in found.segments) == sum(
         tensor.numel() * tensor.itemsize for tensor in (*denoiser.parameters(), *denoiser.buffers()))
-    gradients = sum(p.grad.numel() * p.grad.itemsize for p in denoiser.parameters())
+    gradients = sum(p.grad.numel() * p.grad.itemsize for p in denoiser.parameters() if p.requires_grad)
     plan = Needs(found, FIXED, Setting())
     assert plan.moments["update"]["gradients"] == gradients
     for segment, block in zip(found.blocks, arch.blocks(denoiser), strict=True):
@@ -128,7 +138,8 @@ def test_the_fullest_moment_is_that_of_a_real_step(arch, recompute):
     """A real step on real tensors, its allocations watched one by one; gradients are given up at once."""
     denoiser, run = real_step(arch)
     for parameter in denoiser.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     if recompute == "all":
         Recompute(arch.blocks(denoiser))
     trace = Trace((*denoiser.parameters(), *denoiser.buffers()), cuda=False)
