@@ -58,14 +58,22 @@ def loading_device(options: MemoryOptions, device: torch.device) -> torch.device
     return torch.device("cpu") if options.blocks_to_swap else device
 
 
+def require_blocks(config: Config, arch: Architecture) -> None:
+    """UserError when more blocks are to be streamed than the model has. Reads headers only."""
+    count = config.memory.blocks_to_swap
+    if not count:
+        return
+    there = len(arch.blocks(arch.meta_denoiser(torch.float32)))
+    if count > there:
+        raise UserError(f"{count} blocks are to be streamed, but the model has {there}", place=config.place("blocks_to_swap"),
+                        remedy=f"give at most {there}, which streams all of them")
+
+
 def open_engine(options: MemoryOptions, arch: Architecture, denoiser: nn.Module, encoders: TextEncoders,
                 device: torch.device) -> Engine:
     """Recompute and streaming, after it is known what trains and before the optimizer is built."""
     blocks = arch.blocks(denoiser)
     count = options.blocks_to_swap or 0
-    if count > len(blocks):
-        raise UserError(f"{count} blocks are to be streamed, but the model has {len(blocks)}", place="--blocks_to_swap",
-                        remedy=f"give at most {len(blocks)}, which streams all of them")
     places = evenly(len(blocks), count)
     recomputed: list[nn.Module] = []
     if options.recomputes:

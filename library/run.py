@@ -245,6 +245,10 @@ def open_inputs(entry: Entry, config: Config) -> tuple[DataPlan, Architecture]:
     arch = architecture_of(entry).open_architecture(config.model, config.architecture, config.objective)
     for line in arch.describe().splitlines():
         log.info(line)
+    if config.memory.blocks_to_swap:
+        from library.build import require_blocks
+
+        require_blocks(config, arch)
     suffix = SUFFIXES[config.saving.save_model_as or arch.save_format]
     for path in endangered(config.saving.output_dir, config.saving.output_name, arch.files(), suffix):
         raise UserError(f"this run would write over {path}, which it reads", place=config.place("output_name"),

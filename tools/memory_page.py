@@ -80,6 +80,30 @@ When a run is out of memory all the same, the error names the one flag that give
 | smaller batch, `--gradient_accumulation_steps` | activations in proportion | gradients of the whole model wait between micro-batches |
 """
 
+REFUSED = (
+    ("--fused_backward_pass --blockwise_fused_optimizers", "one unit or the other"),
+    ("--max_grad_norm 1 --blocks_to_swap 2", "the norm over all gradients is not known when the first weight is updated"),
+    ("--max_grad_norm 1 --fused_backward_pass", "as above"),
+    ("--max_grad_norm 1 --blockwise_fused_optimizers", "as above"),
+    ("--mixed_precision fp16 --blocks_to_swap 2", "scaled gradients are looked at as a whole before any weight is updated"),
+    ("--mixed_precision fp16 --fused_backward_pass", "as above"),
+    ("--mixed_precision fp16 --blockwise_fused_optimizers", "as above"),
+    ("--optimizer_type Prodigy --blockwise_fused_optimizers", "it sums over all gradients first, as D-Adaptation does"),
+    ("--optimizer_type package.module.Class --fused_backward_pass", "a class that is not in the table: what it needs is not known"),
+    ("--optimizer_type PagedAdamW8bit --blocks_to_swap 2 --stream_optimizer_states", "it moves its states by itself"),
+    ("--optimizer_type AdamWScheduleFree --blocks_to_swap 2 --stream_optimizer_states",
+     "the weights to save and draw with need all states at once"),
+    ("--stream_optimizer_states", "no blocks are streamed that states could follow"),
+    ("--swap_look_ahead 3", "as above"),
+    ("--recompute_policy selective", "nothing is recomputed without `--gradient_checkpointing`"),
+    ("--recompute_every 2", "as above"),
+    ("--recompute_every 2 --blocks_to_swap 2", "every streamed block is recomputed"),
+    ("--recompute_policy selective --cpu_offload_checkpointing", "one keeps on the card what the other moves away"),
+    ("--ema_decay 0.99 --ema_device gpu --blocks_to_swap 2", "the average of a block waits where the block does"),
+    ("--plan --debug_dataset", "each shows something else and exits"),
+)
+"""Flags that do not go together, and why: told before anything is read (``tests/unit/test_memory_page.py`` tries each)."""
+
 NOT_COUNTED = """## What is not counted
 
 - Preview pictures and validation need no gradients, so less than a step; drawing them also needs the autoencoder, and
@@ -88,6 +112,13 @@ NOT_COUNTED = """## What is not counted
 - The moment when weights are read: main memory then holds one 16 MiB buffer more than the model.
 - Convolutions for which cuDNN takes large buffers of its own, and the allocator's gaps beyond an estimate of 3 %.
 """
+
+
+def refused() -> Iterator[str]:
+    yield "## What does not go together\n"
+    yield "These are refused before anything is read, with the line that names the flag and what to change:\n"
+    yield from table(("flags", "why"), [(f"`{flags}`", why) for flags, why in REFUSED])
+    yield "More blocks than the model has are refused before a weight is read.\n"
 
 
 def ladder(blocks: int) -> Iterator[Setting]:
@@ -135,7 +166,7 @@ def page() -> str:
     with tempfile.TemporaryDirectory() as folder:
         for title, script, write in MODELS:
             lines += section(title, script, write(Path(folder) / script))
-    return "\n".join([*lines, NOT_COUNTED])
+    return "\n".join([*lines, *refused(), NOT_COUNTED])
 
 
 if __name__ == "__main__":

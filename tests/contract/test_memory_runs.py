@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from library import run
+from library.app import main
 from tests.cli.runs import column
 from tests.contract.conftest import dataset_file, losses, make_pictures
 
@@ -50,6 +52,16 @@ def test_the_same_weights_as_a_plain_run(case, train, plain, data, blocks, tmp_p
     assert losses(out) == curve
     ours = load_file(out / "last.safetensors")
     assert all(torch.equal(ours[name], weights[name]) for name in weights), mode
+
+
+def test_more_blocks_than_there_are(case, checkpoint, data, blocks, tmp_path, monkeypatch, capfd):
+    def begin(*_args, **_more):
+        raise AssertionError("the run had begun")
+    monkeypatch.setattr(run, "join", begin)
+    status = main(case.entry, ["--pretrained_model_name_or_path", str(checkpoint), "--dataset_config", str(data), "--output_dir",
+                               str(tmp_path / "out"), "--blocks_to_swap", str(blocks + 1)])
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and error.startswith(f"error: --blocks_to_swap: {blocks + 1} blocks") and f"at most {blocks}," in error
 
 
 @pytest.fixture(scope="session")
