@@ -4,17 +4,19 @@
 
 Both loops run in one process in alternating rounds, so that both see the same machine. The bare loop draws noise and levels
 with torch's global generator, calls the adapter's predict, takes the mean squared error, clips, steps fused AdamW and reads the
-loss. Ours does all that a run does: batches from the cache, noise per sample, weights, norm, log, CSV. Reported: the median
+loss. Ours does all that a run does: batches from the cache, noise per sample, weights, norm, log, CSV, report. Reported: the median
 of each round's mean step, their ratio and difference. Aim: under 1 ms plus 1 %.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -42,19 +44,10 @@ def main() -> None:
 
 def measure(folder: Path, arguments) -> tuple[list[float], list[float]]:
     """Seconds per step of each round: (bare, ours)."""
-    import torch
-
     from flux_train import ENTRY
-    from library.architectures.flux import open_architecture
-    from library.config.parse import parse
-    from library.data.plan import StepPlan
-    from library.interrupt import stop_requested
-    from library.log import setup_logging
+    from library import ending
+    from library.app import main as run
     from library.loop import train
-    from library.methods import full
-    from library.optim.schedule import Schedule
-    from library.outputs import Outputs
-    from library.run import build_task, encode, join, read_data
     from tests.tiny import make_flux_files
 
     files = make_flux_files(folder / "model", **SIZES[arguments.size])
@@ -62,53 +55,58 @@ def measure(folder: Path, arguments) -> tuple[list[float], list[float]]:
     dataset = folder / "data.toml"
     dataset.write_text("[[datasets]]\nresolution = 128\nbatch_size = 4\n"
                        f"[[datasets.subsets]]\nimage_dir = {str(pictures)!r}\n", encoding="utf-8")
-    config = parse(ENTRY, ["--pretrained_model_name_or_path", str(files.checkpoint), "--dataset_config", str(dataset),
-                           "--output_dir", str(folder / "out"), "--cache_latents", "--cache_text_encoder_outputs",
-                           "--t5xxl_max_token_length", "32"])  # short captions: a quick step shows the loop's own cost
-    setup_logging("WARNING", None, True, True)
-    data = read_data(config)
-    arch = open_architecture(config.model, config.architecture)
-    runtime = join(config, data)
-    plan = StepPlan(data.items, batch_sizes=data.batch_sizes, seed=0)
-    encoded = encode(config, data, arch, runtime, arguments.steps)
-    (folder / "out").mkdir(exist_ok=True)
+    rounds: list[tuple[float, float]] = []
 
-    def fresh():
-        denoiser = arch.load_denoiser(runtime.device, torch.float32)
-        return denoiser, full.prepare(denoiser, 1e-5)
+    def alternating(task, stop, after_step, go_back) -> int:
+        """In place of the training: the run is ready, with all that is done after each step."""
+        bare = bare_loop(task)
 
-    bare_denoiser, _ = fresh()
-    optimizer = torch.optim.AdamW(bare_denoiser.parameters(), lr=1e-5, fused=True)
-    ready = [encoded.batch(batch) for batch in _batches(encoded, plan)]
+        def ours(steps: int) -> None:
+            done.append(train(task, stop, after_step, go_back))
+            assert done[-1] == steps
+        done: list[int] = []
+        timed(bare, arguments.steps), timed(ours, arguments.steps)  # warm-up
+        rounds.extend((timed(bare, arguments.steps), timed(ours, arguments.steps)) for _ in range(arguments.rounds))
+        return done[-1]
 
-    def bare_round() -> float:
-        started = time.perf_counter()
-        for step in range(arguments.steps):
-            latents, text, _ = ready[step % len(ready)]
+    ending.train = alternating
+    status = run(ENTRY, ["--pretrained_model_name_or_path", str(files.checkpoint), "--dataset_config", str(dataset),
+                         "--output_dir", str(folder / "out"), "--cache_latents", "--cache_text_encoder_outputs",
+                         "--max_train_steps", str(arguments.steps), "--learning_rate", "1e-5", "--console_log_level", "WARNING",
+                         "--t5xxl_max_token_length", "32"])  # short captions: a quick step shows the loop's own cost
+    assert status == 0
+    return [one for one, _ in rounds], [other for _, other in rounds]
+
+
+def timed(loop: Callable[[int], None], steps: int) -> float:
+    """Seconds a step."""
+    started = time.perf_counter()
+    loop(steps)
+    return (time.perf_counter() - started) / steps
+
+
+def bare_loop(task) -> Callable[[int], None]:
+    """The shortest loop that trains a copy of the same model on the same batches."""
+    import torch
+
+    denoiser = copy.deepcopy(task.denoiser)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-5, fused=True)
+    ready = [task.encoded.batch(batch) for batch in _batches(task.encoded, task.plan)]
+
+    def loop(steps: int) -> None:
+        for step in range(steps):
+            given = ready[step % len(ready)]
+            latents = given.latents
             noise, level = torch.randn_like(latents), torch.sigmoid(torch.randn(len(latents), device=latents.device))
             x_t = torch.lerp(latents, noise, level.view(-1, 1, 1, 1))
-            loss = torch.nn.functional.mse_loss(arch.predict(bare_denoiser, x_t, level, text), noise - latents)
+            predicted = task.arch.predict(denoiser, x_t, level, given.text, given.geometry)
+            loss = torch.nn.functional.mse_loss(predicted, noise - latents)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(bare_denoiser.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             loss.item()
-        return (time.perf_counter() - started) / arguments.steps
-
-    denoiser, groups = fresh()
-    task = build_task(config, runtime, arch, denoiser, groups, encoded, plan, Schedule("constant", 0), arguments.steps)
-
-    def our_round() -> float:
-        with stop_requested() as stop, Outputs(config, runtime, arch, full, denoiser, encoded, (), data.resolution,
-                                               total_steps=arguments.steps, steps_per_epoch=plan.steps_per_epoch,
-                                               validate=lambda report: None) as outputs:
-            started = time.perf_counter()
-            train(task, stop, outputs.after_step)
-            return (time.perf_counter() - started) / arguments.steps
-
-    bare_round(), our_round()  # warm-up
-    rounds = [(bare_round(), our_round()) for _ in range(arguments.rounds)]
-    return [one for one, _ in rounds], [other for _, other in rounds]
+    return loop
 
 
 def _batches(encoded, plan):
