@@ -14,6 +14,7 @@ import numpy
 from library.data import select
 from library.data.items import Items
 from library.data.duplicates import duplicates
+from library.data.mask_look import look_at_masks
 from library.data.plan import StepPlan, group_facts
 from library.data.scan import Scan
 from library.data.select import Selection
@@ -27,6 +28,7 @@ MUCH_CROPPED = 0.25  # of the picture's area
 EXAMPLES = 6
 QUOTED = 80  # letters of a caption
 LOG_BYTES = 2**28  # read at a normal start to tell duplicates from pictures of the same size
+LOG_MASKS = 32  # of each subset, looked into at a normal start
 
 Severity = Literal["error", "warning", "note"]
 
@@ -51,15 +53,16 @@ class Finding:
 
 
 def gather(scan: Scan, selection: Selection | None, plan: StepPlan | None,
-           tokens: Counted = Counted(), hash_bytes: int = LOG_BYTES) -> list[Finding]:
+           tokens: Counted = Counted(), hash_bytes: int = LOG_BYTES, masks: int = LOG_MASKS) -> list[Finding]:
     """All findings, the worst first. ``selection`` and ``plan`` are None when nothing is left to train on.
 
-    ``tokens``: of the captions that were counted. At most ``hash_bytes`` of pictures are read.
+    ``tokens``: of the captions that were counted. At most ``hash_bytes`` of pictures are read, and ``masks`` of each
+    subset's masks.
     """
     found = _problems(scan)
     if selection is not None:
         items = selection.train
-        found += [*_sizes(items), *_cropped(items), *_lonely(items), *_dropped(scan.items, selection)]
+        found += [*_sizes(items), *_cropped(items), *_lonely(items), *_masks(items, masks), *_dropped(scan.items, selection)]
     found += [*_duplicates(scan.items, hash_bytes), *too_long(tokens)]
     if plan is not None:
         found.append(_epoch(plan))
@@ -155,6 +158,26 @@ def _lonely(items: Items) -> list[Finding]:
                         Example(f"{each.bucket[0]}x{each.bucket[1]}: {each.showings} of {each.batch_size}")
                         for each in sorted(lonely, key=lambda each: each.showings)[:EXAMPLES]),
                     "a larger bucket_reso_steps makes fewer buckets; it is no harm when only a few pictures are affected")]
+
+
+def _masks(items: Items, most: int) -> list[Finding]:
+    """Masks that hide all of a picture, and transparency that is asked for and not there."""
+    black, opaque = [], []
+    for seen in look_at_masks(items, most):
+        subset = items.subsets[seen.subset]
+        black += seen.black
+        if subset.mask == "alpha" and 0 < seen.seen == seen.plain:
+            opaque.append(Example(f"{subset.image_dir or subset.metadata_file}: {_count(seen.seen)} looked at"))
+    found = []
+    if black:
+        found.append(Finding("black masks", "warning", f"{_count(len(black))} with a mask that hides all of it: nothing is "
+                             "learned there", _examples(items, black[:EXAMPLES]),
+                             "white is what counts in a mask: perhaps they are the wrong way round; or remove the pictures"))
+    if opaque:
+        title = f"alpha_mask is set, but no picture that was looked at in {_count(len(opaque), 'subset')} has transparent parts"
+        found.append(Finding("no transparency", "warning", title, tuple(opaque),
+                             "leave alpha_mask out there, or save the pictures with their transparency (PNG, WebP)"))
+    return found
 
 
 def _dropped(items: Items, selection: Selection) -> list[Finding]:

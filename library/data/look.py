@@ -25,6 +25,7 @@ from library.data.spec import SubsetSpec
 from library.data.strings import Strings
 from library.errors import UserError
 
+USUAL_SUFFIXES = (".txt", ".caption", ".json", ".cap", ".tags", ".text", ".TXT")  # of captions, to name where none is found
 UNKNOWN = -1  # both numbers of the stamp of a file that has to be looked at
 CHUNK = 8192  # pictures that one process looks at before it reports
 MOST_PROCESSES = 16
@@ -175,9 +176,12 @@ def _caption(caption: str | None, picture: str, rules: Rules, tally: Tally) -> t
         return rules.class_tokens, (0, 0)
     stem = os.path.splitext(os.path.basename(picture))[0]
     looked = " or ".join(stem + suffix for suffix in rules.suffixes)
+    other = next((suffix for suffix in USUAL_SUFFIXES if suffix not in rules.suffixes
+                  and os.path.isfile(os.path.splitext(picture)[0] + suffix)), "")
     tally.add(problems.NO_CAPTION, picture, UserError(
         f"the picture has no caption ({looked} beside it) and its subset no class_tokens", place=picture,
-        remedy=f"write one, or set class_tokens at {rules.place}"))
+        remedy=f'there is {stem + other}: set caption_extension = "{other}" at {rules.place}' if other else
+        f"write one, or set class_tokens at {rules.place}"))
     return "", (UNKNOWN, UNKNOWN)
 
 

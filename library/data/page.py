@@ -22,6 +22,7 @@ from library.data.showing import Course
 from library.data.tokens import Counted, TokenMeter, count_longest
 from library.errors import UserError
 
+MASKS = 1000  # of each subset, looked into
 HASH_BYTES = 2**34  # of pictures that may be copies of each other, read to make sure
 COUNTED = 20_000  # captions whose tokens are counted: the longest ones
 DECODED = 2000  # pictures that are decoded to see whether they can be
@@ -60,7 +61,7 @@ def write(path: Path, scan: Scan, run: Run, open_meter: Callable[[], TokenMeter]
     cards, broken = make_cards(items, course, steps, meter, pictures)
     looked_at = dict.fromkeys(items.path(row) for row in spread(items, DECODED))
     broken = list({error.place: error for error in [*broken, *damaged(looked_at)]}.values())
-    found = findings.gather(scan, selection, plan, counted, HASH_BYTES) + findings.from_errors(errors)
+    found = findings.gather(scan, selection, plan, counted, HASH_BYTES, MASKS) + findings.from_errors(errors)
     if broken:
         of = "" if len(looked_at) < DECODED else f" of {DECODED} looked at"
         found.append(Finding("damaged", "error", f"damaged pictures: {len(broken)}{of}", tuple(

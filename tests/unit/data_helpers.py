@@ -55,9 +55,9 @@ def dataset_file(folder: Path, text: str) -> Path:
     return path
 
 
-def scan_file(path: Path, *, index_dir=None, check: str = "fast") -> Scan:
+def scan_file(path: Path, *, index_dir=None, check: str = "fast", **more) -> Scan:
     """Everything a dataset file names, for a model whose sides are multiples of 16; ``index_dir`` is the folder of the index."""
-    specs = load(options(dataset_config=path), CachingOptions(), 16)
+    specs = load(options(dataset_config=path, **more), CachingOptions(), 16)
     return scan(specs, index_dir=lambda subset: index_dir, check=check)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy
 import pytest
+from PIL import Image
 
 from library.data import findings
 from library.data.bucket import assign
@@ -86,6 +87,33 @@ def test_problems_of_the_scan_become_findings(folder):
     assert unreadable.title == "pictures that cannot be read: 1" and "0.png" in unreadable.examples[0].text and unreadable.remedy
     line = brief(found.values())[0]  # the file and what is wrong with it, once
     assert line.count("0.png") == 1 and "pictures that cannot be read" not in line and line.endswith(unreadable.remedy)
+
+
+def mask(path, size, value):
+    path.parent.mkdir(exist_ok=True)
+    Image.new("L", size, value).save(path)
+
+
+def test_masks_that_hide_everything(folder, tmp_path):
+    for index in range(6):
+        mask(tmp_path / "masks" / f"{index}.png", (128, 128), 0 if index == 4 else 200)
+    found = found_in(scan_folder(folder, subset=f"conditioning_data_dir = '{(tmp_path / 'masks').as_posix()}'", masked_loss=True))
+    black = found["black masks"]
+    assert black.title.startswith("1 picture with a mask that hides all of it") and black.severity == "warning"
+    assert [example.path.name for example in black.examples] == ["4.png"] and "no transparency" not in found
+
+
+def test_transparency_that_is_not_there(folder, tmp_path):
+    found = found_in(scan_folder(folder, subset="alpha_mask = true"))
+    assert "no picture that was looked at in 1 subset has transparent parts" in found["no transparency"].title
+    assert "6 pictures looked at" in found["no transparency"].examples[0].text and "black masks" not in found
+    for index, alpha in ((1, 0), (2, 255)):
+        with Image.open(folder / f"{index}.png") as opened:
+            opened.putalpha(alpha)
+            opened.save(folder / f"{index}.png")
+    found = found_in(scan_folder(folder, subset="alpha_mask = true"))
+    assert [example.path.name for example in found["black masks"].examples] == ["1.png"] and "no transparency" not in found
+    assert "black masks" not in found_in(scan_folder(folder))  # masks that are not used
 
 
 def test_what_settings_leave_out(folder):

@@ -87,6 +87,12 @@ def test_no_caption(folder):
     assert "a.png" in line and "a.txt or a.caption" in line and "class_tokens at" in line and "dataset.toml:7" in line
 
 
+def test_captions_with_another_ending_are_named(folder):
+    picture(folder / "a.png", caption=None).with_suffix(".json").write_text("{}")
+    line, = problems(folder)
+    assert 'there is a.json: set caption_extension = ".json" at' in line and "class_tokens or" not in line
+
+
 def test_many_mistakes_are_counted_by_kind(folder):
     for index in range(8):
         picture(folder / f"{index}.png", caption=None)
