@@ -33,7 +33,7 @@ from library.plots import write_loss_curve
 from library.previewing import Previews
 from library.prompts import Prompt
 from library.report.html import BROKEN, FINISHED, STOPPED
-from library.report.rows import Rows, keep_rows
+from library.report.rows import Rows, keep_rows, last_value
 from library.run_metadata import Facts, Moment, fields
 from library.saving import Saver, final_name, is_full, may_pass
 from library.state_saving import StateSaver
@@ -302,6 +302,8 @@ class Outputs:
         self.step_log = StepLog(None)
         with self._going_on("the log"):
             self.step_log = self._open_log(self.done)
+            self.measures.mean_loss = last_value(self.folder / f"{self.name}_log.csv", "mean_loss")
+        self.tracker.go_back(self.done)
         return self.done
 
     def _save_result(self, done: int, epoch: int) -> None:

@@ -52,8 +52,8 @@ def find_results(folder: Path, name: str) -> list[Result]:
     return sorted(found, key=lambda result: (-result.when, result.name))
 
 
-def next_steps(name: str, program: str, finished: bool, results: Sequence[Result]) -> Iterable[str]:
-    """A list of things to do, with the files they are done with."""
+def next_steps(name: str, program: str, finished: bool, results: Sequence[Result], hub: str = "") -> Iterable[str]:
+    """A list of things to do, with the files they are done with. ``hub``: the repository that has the states too, or ""."""
     models, states = ([each for each in results if each.is_state == kind] for kind in (False, True))
     yield '<ul class="steps">'
     if models:
@@ -71,12 +71,17 @@ def next_steps(name: str, program: str, finished: bool, results: Sequence[Result
         longer = " --max_train_steps N" if finished else ""
         why = "Train longer." if finished else "Go on after an interruption."
         yield (f"<li><b>{why}</b> From {escape(states[0].name)} ({escape(states[0].what)}), exactly as if there had been no stop:"
-               f"<pre>{command} --resume latest{longer}</pre>{_files(states)}</li>")
+               f"<pre>{command} --resume latest{longer}</pre>{_files(states)}{_from_hub(command, longer, hub)}</li>")
     else:
         yield ("<li><b>No state to resume from.</b> A run that is stopped with Ctrl-C leaves one; --save_state or "
                "--save_state_every_n_steps write some on the way.</li>")
     yield ("<li><b>Do it again, or with one thing changed.</b> Flags on the command line win over the file:"
            f"<pre>{command}</pre></li></ul>")
+
+
+def _from_hub(command: str, longer: str, hub: str) -> str:
+    return (f"On another machine, from the newest state in {escape(hub)} on the hub, with the same data and models:"
+            f"<pre>{command} --resume latest --resume_from_huggingface{longer}</pre>") if hub else ""
 
 
 def _files(results: Sequence[Result]) -> str:

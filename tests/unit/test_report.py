@@ -79,6 +79,12 @@ def test_a_run_from_beginning_to_end(tmp_path):
     assert "stopped by SIGTERM &amp; co" in page and ">stopped<" in page
     assert page.count("data:image/jpeg") == 3 and re.findall(r'data-step="(\d+)"', page) == ["0", "20", "40"]
     assert "run-step00000020.safetensors</span> (step 20)" in page and "--resume latest</pre>" in page
+    assert "--resume_from_huggingface" not in page
+    on_hub = '[hub]\nhuggingface_repo_id = "ann/cats"\n[state]\nsave_state_to_huggingface = true\n'
+    other = make(tmp_path, settings=on_hub)
+    other.write(STOPPED)
+    assert "from the newest state in ann/cats" in text_of(other)
+    assert "--resume latest --resume_from_huggingface</pre>" in text_of(other)
     assert "<b>40</b>" in page and "of 100 steps" in page and "120" in page  # 40 steps of 3 pictures
     assert numbers(page).keys() == {"loss", "rate", "speed", "memory"}
     assert [series["title"] for series in numbers(page)["rate"]["series"]] == ["denoiser", "clip l"]
