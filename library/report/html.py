@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from library.report.curves import Standing, facts_of
-from library.report.next_steps import Result, next_steps
+from library.report.next_steps import Result, going_on, next_steps
 from library.report.pictures import Shown
 from library.report.script import SCRIPT
 from library.report.style import STYLE
@@ -41,17 +41,11 @@ class Facts:
     data: str
 
 
-def _states_hub(settings: Sequence[tuple[str, str, str, bool]]) -> str:
-    """The repository that the states of the run go to as well, or ""."""
-    values = {flag: value for _, flag, value, _ in settings}
-    return values.get("huggingface_repo_id", "").strip('"') if values.get("save_state_to_huggingface") == "true" else ""
-
-
 def render(facts: Facts) -> str:
     """The whole document."""
     sections = [("curves", "Curves", _curves(facts)), ("previews", "Previews", _previews(facts.shown)),
                 ("next", "What to do next", next_steps(facts.name, facts.program, facts.status == FINISHED, facts.results,
-                                                         _states_hub(facts.settings))),
+                                                         going_on(facts.settings))),
                 ("pictures", "What it learns from", [facts.data] if facts.data else []),
                 ("settings", "Settings", _settings(facts))]
     parts = [_head(facts)]

@@ -15,12 +15,11 @@ from library.interrupt import STOPPED_STATUS
 from tests.cli.runs import column
 from tests.contract.conftest import dataset_file, losses, make_pictures
 
-STEPS = 7  # of epochs of 3: the state of step 4 lies within an epoch, that of step 3 at its end
+STEPS, END = 6, "last-step00000006-state"  # of epochs of 3: the state of step 4 lies within an epoch, that of step 3 at its end
 # Epochs of 2, the second one of a single micro-batch: here step 3 lies within and step 4 at the end
 ALL = ("--gradient_accumulation_steps", "2", "--ema_decay", "0.9", "--lr_scheduler", "cosine")
 MODES = {
-    "standard": (),
-    "standard, all": ALL,
+    "standard": ALL,
     "bf16": ("--mixed_precision", "bf16", "--full_bf16", "--optimizer_type", "AdamW8bit"),
     "fused": ("--fused_backward_pass", *ALL),
     "blockwise": ("--blockwise_fused_optimizers", "--mixed_precision", "bf16", "--full_bf16", "--optimizer_type", "Adafactor", *ALL),
@@ -59,7 +58,7 @@ def test_stopped_and_going_on_is_never_stopped(case, train, data, tmp_path, mode
     if mode in KEPT and case.name != "flux-dev":
         pytest.skip("what an optimizer keeps for itself is shown on one model")
     flags = (*{**MODES, **KEPT}[mode], "--cache_latents", "--cache_text_encoder_outputs", "--max_train_steps", str(STEPS))
-    every = ("--save_state_every_n_steps", "1", "--save_last_n_steps_state", "100")
+    every = ("--save_state_every_n_steps", "1", "--save_last_n_steps_state", "3")
     whole = train(tmp_path / "whole", data, *flags, *every)
     states = {path.name: path for path in whole.glob("*-state")}
     averaged = "--ema_decay" in flags
@@ -68,13 +67,12 @@ def test_stopped_and_going_on_is_never_stopped(case, train, data, tmp_path, mode
         train(out, data, *flags, "--save_state_on_train_end", "--resume", str(states[f"last-step{step:08d}-state"]))
         assert losses(out) == losses(whole)[step:], (mode, step)
         same_files(out, whole, ["last.safetensors", *(["last-ema.safetensors"] if averaged else [])])
-        assert content(out / "last-state") == content(whole / "last-step00000007-state")
+        assert content(out / "last-state") == content(whole / END)
     if averaged:
         weights, averages = (load_file(whole / name) for name in ("last.safetensors", "last-ema.safetensors"))
         assert any(not torch.equal(weights[key], averages[key]) for key in weights)
     if mode == "fp16":
-        scale = json.loads((states["last-step00000004-state"] / "scaler.json").read_text())["scale"]
-        assert scale != 65536.0  # where it began
+        assert json.loads((whole / END / "scaler.json").read_text())["_growth_tracker"] == STEPS  # so it was taken over
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there it would end this very process")
@@ -96,7 +94,7 @@ def test_a_signal_between_two_micro_batches(case, checkpoint, train, data, tmp_p
     again = ["--pretrained_model_name_or_path", str(checkpoint), "--dataset_config", str(data), "--output_dir", str(tmp_path / "parts"),
              "--learning_rate", "1e-3", *flags, "--max_data_loader_n_workers", "2", "--resume", "latest"]
     assert main(case.entry, again) == STOPPED_STATUS and seen == [0, 0, 1, 2, 2]
-    assert main(case.entry, again) == 0 and len(seen) == 11
+    assert main(case.entry, again) == 0 and len(seen) == 9
     assert losses(tmp_path / "parts") == losses(whole)
     same_files(tmp_path / "parts", whole, ["last.safetensors", "last-ema.safetensors"])
 
@@ -113,7 +111,7 @@ def test_latest_goes_on_in_the_same_folder_and_the_log_has_each_step_once(case, 
     assert (tmp_path / "parts" / "last_report.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("standard", "bf16")])
+@pytest.mark.parametrize("mode", ["standard", "streamed"])
 def test_encoders_that_train_go_on_too(case, train, data, tmp_path, mode):
     if not case.encoders:
         pytest.skip("its text encoders do not train")
