@@ -30,7 +30,7 @@ KEPT = {  # what an optimizer or the scale of gradients keeps, shown on one mode
     "averaging": ("--optimizer_type", "AdamWScheduleFree", "--mixed_precision", "bf16", "--blocks_to_swap", "2", "--validation_split", "0.3",
                   "--gradient_accumulation_steps", "2"),
     "orthogonal": ("--optimizer_type", "Muon", "--fused_backward_pass", "--lr_scheduler_type", "OneCycleLR", "--lr_scheduler_args", "max_lr=2e-3"),
-    "fp16": ("--mixed_precision", "fp16", *ALL),
+    "fp16": ("--mixed_precision", "fp16"),
 }
 
 

@@ -133,9 +133,16 @@ def test_a_perturbed_input_leaves_levels_and_targets_alone(varies):
     torch.testing.assert_close(sizes, level * strengths, rtol=0.05, atol=1e-6)
 
 
-def test_huber_by_the_signal_to_noise_ratio_of_a_flow():
-    """Its noise is sigma / (1 - sigma) times as large as its signal, so the width is (1 - c) (1 - sigma)^2 + c."""
-    objective = Flow(FlowOptions(), LossOptions(loss_type="smooth_l1", huber_schedule="snr", huber_c=0.2))
-    level, target = torch.tensor([0.0, 0.25, 1.0]), torch.zeros(3, 4, 2, 2)
-    width = 0.8 * (1 - level) ** 2 + 0.2
-    torch.testing.assert_close(objective.losses(target + 0.3, Noisy(target, level, target)), 2 * ((0.09 + width**2).sqrt() - width))
+@pytest.mark.parametrize("kind", ["l1", "l2", "huber", "smooth_l1"])
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+def test_kinds_of_loss_reach_the_reduction(kind, schedule):
+    """A flow's noise is sigma / (1 - sigma) times as large as its signal, so the width by snr is (1 - c) (1 - sigma)^2 + c."""
+    objective = Flow(FlowOptions(), LossOptions(loss_type=kind, huber_schedule=schedule, huber_c=0.2, huber_scale=1.5))
+    level, target = torch.tensor([0.0, 0.25, 1.0]), torch.ones(3, 4, 2, 2)
+    width = {"constant": torch.full((3,), 0.3), "exponential": 1.5 * 0.2**level, "snr": 0.8 * (1 - level) ** 2 + 0.2}[schedule]
+    root = (0.3**2 + width**2).sqrt() - width
+    expected = {"l1": torch.full((3,), 0.3), "l2": torch.full((3,), 0.09), "huber": 2 * width * root, "smooth_l1": 2 * root}[kind]
+    noisy = Noisy(target, level, target)
+    torch.testing.assert_close(objective.losses(target + 0.3, noisy), expected, rtol=1e-4, atol=1e-6)
+    mask = torch.tensor([1.0, 0.0]).expand(3, 1, 2, 2)  # half of the cells; the mean runs over all of them
+    torch.testing.assert_close(objective.losses(target + 0.3, noisy, mask), expected / 2, rtol=1e-4, atol=1e-6)
