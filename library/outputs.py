@@ -240,8 +240,8 @@ class Outputs:
             log.error("NOT SAVED at step %d, training goes on: %s: %s", self.done, what, error)
             return
         again = saver.retry.failed(self.done)
-        log.error("NOT SAVED at step %d, training goes on, next try after step %d: %s: %s; %s", self.done, again, what, error,
-                  self._room())
+        when = f"next try after step {again}" if again <= self.total_steps else f"{self.total_steps} steps end before another try"
+        log.error("NOT SAVED at step %d, training goes on, %s: %s: %s; %s", self.done, when, what, error, self._room())
 
     def _wait_for_files(self) -> None:
         """Until nothing is being written beside the training."""
