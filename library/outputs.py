@@ -33,7 +33,7 @@ from library.plots import write_loss_curve
 from library.previewing import Previews
 from library.prompts import Prompt
 from library.report.html import BROKEN, FINISHED, STOPPED
-from library.report.rows import Rows, keep_rows
+from library.report.rows import Rows, keep_rows, last_value
 from library.run_metadata import Facts, Moment, fields
 from library.saving import Saver, final_name, is_full, may_pass
 from library.state_saving import StateSaver
@@ -240,8 +240,8 @@ class Outputs:
             log.error("NOT SAVED at step %d, training goes on: %s: %s", self.done, what, error)
             return
         again = saver.retry.failed(self.done)
-        log.error("NOT SAVED at step %d, training goes on, next try after step %d: %s: %s; %s", self.done, again, what, error,
-                  self._room())
+        when = f"next try after step {again}" if again <= self.total_steps else f"{self.total_steps} steps end before another try"
+        log.error("NOT SAVED at step %d, training goes on, %s: %s: %s; %s", self.done, when, what, error, self._room())
 
     def _wait_for_files(self) -> None:
         """Until nothing is being written beside the training."""
@@ -302,6 +302,8 @@ class Outputs:
         self.step_log = StepLog(None)
         with self._going_on("the log"):
             self.step_log = self._open_log(self.done)
+            self.measures.mean_loss = last_value(self.folder / f"{self.name}_log.csv", "mean_loss")
+        self.tracker.go_back(self.done)
         return self.done
 
     def _save_result(self, done: int, epoch: int) -> None:

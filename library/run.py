@@ -201,7 +201,8 @@ def count_tokens(entry: Entry, config: Config, data: DataPlan) -> tuple[Counted,
     except UserError as error:
         log.info("whether captions are too long is not known: %s", error)
         return Counted(), Counted()
-    places = {words: prompt.place for prompt in reversed(data.prompts) for words in (prompt.text, prompt.negative)}
+    places = {words: place for prompt in reversed(data.prompts)
+              for words, place in ((prompt.negative, f"{prompt.place}, negative prompt"), (prompt.text, prompt.place))}
     prompts = list(zip(places.values(), meter(list(places)), strict=True))
     return count_longest(data.items, config.general.seed, meter, CAPTIONS_COUNTED), Counted(prompts)
 

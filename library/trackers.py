@@ -31,6 +31,8 @@ class Sink(Protocol):
 
     def settings(self, values: Settings) -> None: ...
 
+    def go_back(self, step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -57,6 +59,11 @@ class Tracker:
     def settings(self, values: Settings) -> None:
         self._each(lambda sink: sink.settings(values))
 
+    def go_back(self, step: int) -> None:
+        """The run does the steps after ``step`` again: what was drawn of them goes, where a tracker can hide it. Others draw them
+        twice or keep the first value, and both are the same, as going back is exact."""
+        self._each(lambda sink: sink.go_back(step))
+
     def close(self) -> None:
         self._each(lambda sink: sink.close())
         self.sinks = {}
@@ -80,9 +87,9 @@ class TensorBoardSink:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run_id, self.done = folder.name, done
-        begun = {"purge_step": done + 1} if (folder / name).is_dir() else {}
+        self._open = lambda **more: SummaryWriter(str(folder / name), **{**more, **arguments})
         with _arguments("tensorboard", "SummaryWriter"):
-            self.writer = SummaryWriter(str(folder / name), **{**begun, **arguments})
+            self.writer = self._open(**({"purge_step": done + 1} if (folder / name).is_dir() else {}))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -94,6 +101,10 @@ class TensorBoardSink:
     def settings(self, values: Settings) -> None:
         rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in values.items())
         self.writer.add_text("settings", f"| setting | value |\n| --- | --- |\n{rows}", self.done)
+
+    def go_back(self, step: int) -> None:
+        self.writer.close()
+        self.writer = self._open(purge_step=step + 1)
 
     def close(self) -> None:
         self.writer.close()
@@ -117,6 +128,9 @@ class WandbSink:
 
     def settings(self, values: Settings) -> None:
         self.run.config.update(dict(values), allow_val_change=True)
+
+    def go_back(self, step: int) -> None:
+        """Nothing to do: of a step that it has seen it keeps the first value."""
 
     def close(self) -> None:
         self.run.finish()
@@ -170,6 +184,9 @@ class AccelerateSink:
 
     def settings(self, values: Settings) -> None:
         self.tracker.store_init_configuration(dict(values))
+
+    def go_back(self, step: int) -> None:
+        """Nothing can be done: accelerate's trackers have no way to take a value back."""
 
     def close(self) -> None:
         self.tracker.finish()

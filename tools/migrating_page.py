@@ -58,7 +58,7 @@ OWN_DEFAULTS: dict[str, dict[str, object]] = {
         **dict.fromkeys("ae clip_l t5xxl t5xxl_max_token_length".split()), "apply_t5_attn_mask": False,
         "timestep_sampling": "sigma", "weighting_scheme": "uniform", "discrete_flow_shift": 3.0, "sigmoid_scale": 1.0,
         "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "model_prediction_type": "sigma_scaled",
-        "guidance_scale": 3.5, "model_type": "flux",
+        "guidance_scale": 3.5, "model_type": "flux", "ip_noise_gamma": None, "ip_noise_gamma_random_strength": False,
     },
     "sdxl_train.py": {
         **dict.fromkeys("vae tokenizer_cache_dir learning_rate_te1 learning_rate_te2 block_lr noise_offset adaptive_noise_scale "
@@ -80,7 +80,8 @@ OWN_DEFAULTS: dict[str, dict[str, object]] = {
     "lumina_train.py": {
         **dict.fromkeys("gemma2 ae vae".split()), "gemma2_max_token_length": 256, "system_prompt": "",
         "timestep_sampling": "shift", "weighting_scheme": "uniform", "discrete_flow_shift": 6.0, "sigmoid_scale": 1.0,
-        "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "model_prediction_type": "raw",
+        "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "model_prediction_type": "raw", "ip_noise_gamma": None,
+        "ip_noise_gamma_random_strength": False,
     },
 }
 
@@ -127,7 +128,7 @@ REASONS: dict[str, str] = {
     "bucket_reso_steps": "the same, raised to a multiple of what the model needs",
     "caption_extension": "nearly all folders of captions hold `.txt`; `.caption` is still found",
     "resize_interpolation": "the same choice, under a name",
-    "huber_schedule": "`snr` has no meaning for a flow, and fails there in the dialect",
+    "huber_schedule": "`snr` works here with every model; in the dialect it fails with a flow",
     "max_grad_norm": "the same, except where weights are updated during the backward pass and no such norm is known",
     "seed": "a run without `--seed` can be repeated too",
     "output_name": "one name for all files of a run; the dialect uses `epoch`, `at` and `last`",

@@ -21,7 +21,7 @@ DEFAULTS: dict[str, object] = {
     "timestep_sampling": "shift",
     "discrete_flow_shift": 3.1582,  # exp(1.15): the shift of the model's own schedule for 1024 x 1024
     "model_prediction_type": "raw",
-    "huber_schedule": "exponential",  # snr, the dialect's default, has no meaning for a flow (and fails there)
+    "huber_schedule": "exponential",  # snr, the dialect's default, fails there with a flow
 }
 
 _DIALECT: tuple[Record, ...] = (

@@ -21,7 +21,7 @@ DEFAULTS: dict[str, object] = {
     "timestep_sampling": "shift",
     "discrete_flow_shift": 6.0,  # the shift that its pictures are drawn with
     "model_prediction_type": "raw",
-    "huber_schedule": "exponential",  # snr, the dialect's default, has no meaning for a flow
+    "huber_schedule": "exponential",  # snr, the dialect's default, fails there with a flow
 }
 
 _DIALECT: tuple[Record, ...] = (

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SCALING, SHIFT = 1.5305, 0.0609  # of the latents; Stability AI's autoencoder configuration
 NO_ENCODER = "none"
 DEFAULTS: dict[str, object] = {
-    "huber_schedule": "exponential",  # snr, the dialect's default, has no meaning for a flow (and fails there)
+    "huber_schedule": "exponential",  # snr, the dialect's default, fails there with a flow
 }
 _FILE = {"metavar": "PATH", "default_text": "in the checkpoint, beside it, or from the hub"}
 _TOKENIZER = {"metavar": "PATH", "default_text": "beside the encoder, or from the hub"}

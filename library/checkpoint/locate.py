@@ -108,7 +108,10 @@ def _given(part: PartSpec, looks_like: Recogniser) -> Found:
     check_exists(path, part.flag)
     if path.is_dir():  # a whole pipeline may be given for one part of it
         path = next((path / name for name in part.file_names if "/" in name and (path / name).is_file()), path)
-    opened = open_source(path)
+    try:
+        opened = open_source(path)
+    except UserError as error:  # it knows the file, and not by which flag that was given
+        raise UserError(f"{error.place or path}: {error.message}", place=part.flag, remedy=error.remedy) from error
     source = _matching(opened, part)
     if source is None:
         raise UserError(f"{path} is not the {part.title}: it looks like {looks_like(opened.tensors)}", place=part.flag,

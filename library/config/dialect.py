@@ -89,8 +89,6 @@ def _later() -> Iterator[Record]:
                        "not built yet: DeepSpeed", "leave it out: several GPUs train together under plain accelerate launch")
     yield from records(LATER, "use_sage_attn", "SageAttention has no backward pass: it can draw pictures but not train",
                        "use --use_flash_attn")
-    yield from records(LATER, "ip_noise_gamma=", "not built yet: input perturbation", "leave it out", (0,))
-    yield from records(LATER, "ip_noise_gamma_random_strength", "not built yet: input perturbation", "leave it out")
 
 
 def _elsewhere() -> Iterator[Record]:

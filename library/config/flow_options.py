@@ -46,9 +46,13 @@ class FlowOptions:
                                       "or as an estimate of the picture", choices=("raw", "additive", "sigma_scaled"))
     min_timestep: int | None = flag(None, "least noisy level that is trained, of 1000", minimum=0, maximum=999, default_text="0")
     max_timestep: int | None = flag(None, "noisiest level that is trained, of 1000", minimum=1, maximum=1000, default_text="1000")
+    ip_noise_gamma: float | None = flag(None, "perturb the noisy input by this much more noise, which the target does not "
+                                        "contain; about 0.1", minimum=0, off="0")
+    ip_noise_gamma_random_strength: bool = flag(False, "draw the size of that noise between 0 and --ip_noise_gamma for each "
+                                                "sample")
 
     def problems(self, config: Config) -> Iterator[Problem]:
-        """Conflicts between these flags, and with the loss."""
+        """Conflicts between these flags."""
         changed = config.changed()
         yield from range_problems(config, self.min_timestep, self.max_timestep)
         for name, (counts, needs) in _OBJECTIVE_NEEDS.items():
@@ -66,7 +70,9 @@ class FlowOptions:
                            f"{scheme} is a weight of the loss and has no effect with --model_prediction_type "
                            f"{self.model_prediction_type}",
                            "use --model_prediction_type sigma_scaled, or --weighting_scheme none")
-        yield from loss_problems(config)
+        if self.ip_noise_gamma_random_strength and not self.ip_noise_gamma:
+            yield conflict(config, "ip_noise_gamma_random_strength ip_noise_gamma", "has no effect without --ip_noise_gamma",
+                           "add --ip_noise_gamma or leave it out")
 
 
 def range_problems(config: Config, min_timestep: int | None, max_timestep: int | None) -> Iterator[Problem]:
@@ -75,10 +81,3 @@ def range_problems(config: Config, min_timestep: int | None, max_timestep: int |
     if low >= high:
         yield conflict(config, "min_timestep max_timestep", f"{low} leaves nothing below max_timestep {high}",
                        "give a smaller min_timestep or a larger max_timestep")
-
-
-def loss_problems(config: Config) -> Iterator[Problem]:
-    """What of the loss a rectified flow has no values for."""
-    if config.loss.rounded and config.loss.huber_schedule == "snr":
-        yield conflict(config, "huber_schedule loss_type", "snr needs a table of signal-to-noise ratios, which a rectified "
-                       "flow does not have", "use --huber_schedule exponential or constant")

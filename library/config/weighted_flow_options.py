@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from library.config.check import Problem, conflict
-from library.config.flow_options import loss_problems, range_problems
+from library.config.flow_options import range_problems
 from library.config.values import flag, show
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class WeightedFlowOptions:
                                     default_text="1000")
 
     def problems(self, config: Config) -> Iterator[Problem]:
-        """Conflicts between these flags, and with the loss."""
+        """Conflicts between these flags."""
         yield from range_problems(config, self.min_timestep, self.max_timestep)
         changed = config.changed()
         for name, scheme in _NEEDS.items():
@@ -44,4 +44,3 @@ class WeightedFlowOptions:
                 yield conflict(config, f"{name} weighting_scheme",
                                f"{show(getattr(self, name))} would have no effect with --weighting_scheme "
                                f"{self.weighting_scheme}", f"leave it out, or use --weighting_scheme {scheme}")
-        yield from loss_problems(config)

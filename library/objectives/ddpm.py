@@ -18,7 +18,7 @@ from library.config.ddpm_options import DdpmOptions
 from library.config.loss_options import LossOptions
 from library.objectives.base import Noisy
 from library.objectives.loss import huber_width, per_sample
-from library.objectives.noise import Draws
+from library.objectives.noise import Draws, perturbed
 
 LEVELS = 1000
 _FIRST_BETA, _LAST_BETA = 0.00085, 0.012  # "scaled linear": the roots of the betas are evenly spaced (Rombach et al. 2022)
@@ -67,7 +67,8 @@ class Ddpm:
         noise = self._shaped_noise(clean, draws)
         signal, rest = self._roots(level)
         target = signal * noise - rest * clean if self.options.v_parameterization else noise
-        return Noisy(signal * clean + rest * self._perturbed(noise, draws), level, target)
+        given = perturbed(noise, draws, self.options.ip_noise_gamma, self.options.ip_noise_gamma_random_strength)
+        return Noisy(signal * clean + rest * given, level, target)
 
     def prediction(self, output: Tensor, noisy: Noisy) -> Tensor:
         """What is compared with the target: the model's ``output`` (B, C, h, w) itself."""
@@ -115,15 +116,6 @@ class Ddpm:
         if options.multires_noise_iterations:
             noise = multires(noise, draws, options.multires_noise_iterations, options.multires_noise_discount)
         return noise
-
-    def _perturbed(self, noise: Tensor, draws: Draws) -> Tensor:
-        """The noise of the input: with ``ip_noise_gamma`` a little more than the target knows of (Ning et al. 2023)."""
-        size: Tensor | float | None = self.options.ip_noise_gamma
-        if not size:
-            return noise
-        if self.options.ip_noise_gamma_random_strength:
-            size = size * draws.uniforms("input perturbation strength").view(-1, 1, 1, 1)
-        return noise + size * draws.normals("input perturbation", *noise.shape[1:])
 
     def _roots(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(a_t) and sqrt(1 - a_t), both (B, 1, 1, 1)."""

@@ -17,7 +17,7 @@ from library.config.loss_options import LossOptions
 from library.objectives import density
 from library.objectives.base import Noisy
 from library.objectives.loss import huber_width, per_sample
-from library.objectives.noise import Draws
+from library.objectives.noise import Draws, perturbed
 
 if TYPE_CHECKING:
     from library.config.flow_options import FlowOptions
@@ -59,7 +59,10 @@ class Flow:
         return density.shift(level, density.resolution_shift_factor(tokens))
 
     def noise(self, latents: Tensor, draws: Draws, level: Tensor) -> Noisy:
-        return mix(latents, draws, level)
+        """Mix ``latents`` (B, C, h, w) with the drawn noise, of which ``ip_noise_gamma`` puts a little more into the input than
+        the target knows of."""
+        given = perturbed(draws.noise, draws, self.options.ip_noise_gamma, self.options.ip_noise_gamma_random_strength)
+        return mix(latents, draws, level, given)
 
     def prediction(self, output: Tensor, noisy: Noisy) -> Tensor:
         """What is compared with the target: a function of the model's ``output`` (B, C, h, w), by model_prediction_type.
@@ -107,19 +110,28 @@ def scheme_position(options: Any, draws: Draws) -> Tensor:
     return draws.uniform
 
 
-def mix(latents: Tensor, draws: Draws, level: Tensor) -> Noisy:
-    """Mix ``latents`` (B, C, h, w) with the drawn noise at ``level`` (B,), in float32 whatever the latents are stored in."""
+def mix(latents: Tensor, draws: Draws, level: Tensor, given: Tensor | None = None) -> Noisy:
+    """Mix ``latents`` (B, C, h, w) with the drawn noise at ``level`` (B,), in float32 whatever the latents are stored in.
+
+    ``given``: noise (B, C, h, w) of the input, where that is other than the target's.
+    """
     clean = latents.float()
     sigma = level.view(-1, 1, 1, 1)
-    return Noisy((1 - sigma) * clean + sigma * draws.noise, level, draws.noise - clean)
+    return Noisy((1 - sigma) * clean + sigma * (draws.noise if given is None else given), level, draws.noise - clean)
 
 
 def compare(prediction: Tensor, target: Tensor, level: Tensor, mask: Tensor | None, options: LossOptions) -> Tensor:
     """(B,) float32, by ``--loss_type``: ``prediction`` and ``target`` (B, C, h, w) at ``level`` (B,)."""
     width = None
     if options.rounded:
-        width = huber_width(options.huber_schedule, options.huber_c, options.huber_scale, level)
+        width = huber_width(options.huber_schedule, options.huber_c, options.huber_scale, level, signal_share(level))
     return per_sample(prediction, target, mask, options.loss_type, width)
+
+
+def signal_share(level: Tensor) -> Tensor:
+    """(B,) -> (B,): of the variance of x_t, where latents and noise have variance 1: (1 - s)^2 / ((1 - s)^2 + s^2)."""
+    clean = (1 - level).square()
+    return clean / (clean + level.square())
 
 
 def cosmap(level: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def huber_width(schedule: str, c: float, scale: float, level: Tensor, signal: Te
 
     constant: c * scale. exponential: c^level * scale, from ``scale`` without noise to ``c * scale`` at pure noise. snr:
     (1 - c) / (1 + sigma)^2 + c with sigma = sqrt((1 - signal) / signal), where ``signal`` (B,) is the share of signal
-    variance at that level; ``scale`` does not act.
+    variance at that level (of a flow that is (1 - c) (1 - level)^2 + c); ``scale`` does not act.
     """
     if schedule == "constant":
         return torch.full_like(level, c * scale, dtype=torch.float32)

@@ -44,6 +44,15 @@ class Draws:
         return [_stream(f"{purpose}:{row}") for row in self.rows]
 
 
+def perturbed(noise: Tensor, draws: Draws, size: float | None, varies: bool) -> Tensor:
+    """The noise of the input where the target knows of ``noise`` (B, C, h, w) alone: ``size`` times more of it (Ning et al. 2023,
+    "Input Perturbation Reduces Exposure Bias"). ``varies``: times a number that each sample draws from U[0, 1)."""
+    if not size:
+        return noise
+    strength = size * draws.uniforms("input perturbation strength").view(-1, 1, 1, 1) if varies else size
+    return noise + strength * draws.normals("input perturbation", *noise.shape[1:])
+
+
 def draw(seed: int, step: int, sample_ids: Sequence[str], shape: tuple[int, int, int],
          device: torch.device | str = "cpu") -> Draws:
     """Draws for one batch; ``shape`` is (C, h, w) of a latent.

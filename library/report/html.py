@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from library.report.curves import Standing, facts_of
-from library.report.next_steps import Result, next_steps
+from library.report.next_steps import Result, going_on, next_steps
 from library.report.pictures import Shown
 from library.report.script import SCRIPT
 from library.report.style import STYLE
@@ -44,7 +44,8 @@ class Facts:
 def render(facts: Facts) -> str:
     """The whole document."""
     sections = [("curves", "Curves", _curves(facts)), ("previews", "Previews", _previews(facts.shown)),
-                ("next", "What to do next", next_steps(facts.name, facts.program, facts.status == FINISHED, facts.results)),
+                ("next", "What to do next", next_steps(facts.name, facts.program, facts.status == FINISHED, facts.results,
+                                                         going_on(facts.settings))),
                 ("pictures", "What it learns from", [facts.data] if facts.data else []),
                 ("settings", "Settings", _settings(facts))]
     parts = [_head(facts)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from library.checkpoint.state_find import found_states
 from library.config.save_formats import SUFFIXES, is_pipeline, size_of
+from library.resume_rules import follows_length
 
 FILES = 12  # listed, the newest first
 AVERAGED = "-ema"  # after the output name, in the names of averaged weights
@@ -52,7 +54,26 @@ def find_results(folder: Path, name: str) -> list[Result]:
     return sorted(found, key=lambda result: (-result.when, result.name))
 
 
-def next_steps(name: str, program: str, finished: bool, results: Sequence[Result]) -> Iterable[str]:
+@dataclass(frozen=True)
+class GoingOn:
+    """How the run goes on. ``hub``: the repository that has its states too, or ""; ``longer``: flags for more steps;
+    ``jumps``: the learning rate follows the length of the run, so that a longer one is another course."""
+
+    hub: str = ""
+    longer: str = "--max_train_steps N"
+    jumps: bool = False
+
+
+def going_on(settings: Iterable[tuple[str, str, str, bool]]) -> GoingOn:
+    """As the settings have it: (section, flag, value as TOML, changed)."""
+    values = tomllib.loads("\n".join(f"{flag} = {value}" for _, flag, value, _ in settings))
+    jumps = follows_length(values)
+    longer = "--max_train_epochs N" if values.get("max_train_epochs") else "--max_train_steps N"
+    return GoingOn(values.get("huggingface_repo_id", "") if values.get("save_state_to_huggingface") else "",
+                   longer + jumps * " --resume_anyway", jumps)
+
+
+def next_steps(name: str, program: str, finished: bool, results: Sequence[Result], go: GoingOn = GoingOn()) -> Iterable[str]:
     """A list of things to do, with the files they are done with."""
     models, states = ([each for each in results if each.is_state == kind] for kind in (False, True))
     yield '<ul class="steps">'
@@ -68,15 +89,22 @@ def next_steps(name: str, program: str, finished: bool, results: Sequence[Result
                "write some on the way.</li>")
     command = f'accelerate launch {escape(program)} --config_file "<span class="here">{escape(name)}_config.toml</span>"'
     if states:
-        longer = " --max_train_steps N" if finished else ""
+        longer = f" {go.longer}" if finished else ""
         why = "Train longer." if finished else "Go on after an interruption."
-        yield (f"<li><b>{why}</b> From {escape(states[0].name)} ({escape(states[0].what)}), exactly as if there had been no stop:"
-               f"<pre>{command} --resume latest{longer}</pre>{_files(states)}</li>")
+        how = ("at the learning rate of a longer run, which is another one from the next step on" if finished and go.jumps else
+               "exactly as if there had been no stop")
+        yield (f"<li><b>{why}</b> From {escape(states[0].name)} ({escape(states[0].what)}), {how}:"
+               f"<pre>{command} --resume latest{longer}</pre>{_files(states)}{_from_hub(command, longer, go.hub)}</li>")
     else:
         yield ("<li><b>No state to resume from.</b> A run that is stopped with Ctrl-C leaves one; --save_state or "
                "--save_state_every_n_steps write some on the way.</li>")
     yield ("<li><b>Do it again, or with one thing changed.</b> Flags on the command line win over the file:"
            f"<pre>{command}</pre></li></ul>")
+
+
+def _from_hub(command: str, longer: str, hub: str) -> str:
+    return (f"On another machine, from the newest state in {escape(hub)} on the hub, with the same data and models:"
+            f"<pre>{command} --resume latest --resume_from_huggingface{longer}</pre>") if hub else ""
 
 
 def _files(results: Sequence[Result]) -> str:

@@ -90,6 +90,14 @@ def keep_rows(path: Path, last_step: int, fields: Sequence[str]) -> int:
     return len(rows)
 
 
+def last_value(path: Path, name: str) -> float | None:
+    """The last number in column ``name`` of the log at ``path``; None where there is none."""
+    rows = Rows(path)
+    rows.read()
+    _, values = rows.points(name)
+    return float(values[-1]) if len(values) else None
+
+
 def _number(text: str) -> float:
     try:
         return float(text)

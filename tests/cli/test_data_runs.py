@@ -115,7 +115,8 @@ def test_long_captions_are_told_once_whether_cached_or_not(flags, tmp_path):
     for index, caption in enumerate(("the cat", "the cat and the blue dog " * 18 + "end", "a red cat")):
         (pictures / f"picture{index}.txt").write_text(caption, encoding="utf-8")
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("the red box " * 30 + "--w 64 --h 64 --s 1\n", encoding="utf-8")
+    prompts.write_text("the red box " * 30 + "--w 64 --h 64 --s 1\na box --w 64 --h 64 --s 1 --l 2 --n " + "the blue dog " * 90 + "\n",
+                       encoding="utf-8")
     data = dataset_file(tmp_path / "data.toml", pictures)
     common = ("--dataset_config", data, "--max_train_steps", "1")
     first, online = run_all(flags("first", *common, *DISK, "--sample_prompts", prompts, "--sample_every_n_steps", "5"),
@@ -126,8 +127,9 @@ def test_long_captions_are_told_once_whether_cached_or_not(flags, tmp_path):
     for done in (first, online, cached):
         assert done.text.count("1 caption is longer than the 16 tokens that T5 reads") == 1, done.text
         assert done.text.count("picture1.png: ") == 1 and done.text.count("an epoch is") == 1
-    assert first.text.count("1 preview prompt is longer than the 16 tokens that T5 reads") == 1
-    assert first.text.count("1 preview prompt is longer than the 77 tokens that CLIP reads (such as ") == 1
+    assert first.text.count("2 preview prompts are longer than the 16 tokens that T5 reads") == 1
+    assert first.text.count("2 preview prompts are longer than the 77 tokens that CLIP reads (such as ") == 1
+    assert "prompts.txt:2, negative prompt: " in first.text  # the longest one
     assert "preview prompt is" not in cached.text
 
 

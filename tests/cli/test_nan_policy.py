@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from flux_train import ENTRY
 from library.app import main
 from library.checkpoint.train_state import open_state
 from library.interrupt import STOPPED_STATUS
+from library.optim.table import find
 from library.nan_policy import MOST_IN_A_ROW, MOST_ROLLBACKS
 from tests.cli.conftest import ROOT, environment, with_flag
 from tests.cli.runs import checkpoints, column
@@ -92,8 +94,38 @@ def test_going_back_is_leaving_out_even_after_weights_were_touched(base, tmp_pat
     assert seen[::every] == [1, 2, 3, 4, 5, 6, 5, 7]  # twice back to the state of step 3
     accumulation = ["--gradient_accumulation_steps", "2"] if every == 2 else []
     assert train(base, left_out, 7, "--nan_policy", "skip", *norm, *rounding, *accumulation) == 0
-    assert same(back, left_out) and column(back, "loss") == column(left_out, "loss")
-    assert column(back, "step") == list(range(1, 8))
+    assert same(back, left_out) and column(back, "step") == list(range(1, 8))
+    for name in ("loss", "mean_loss"):
+        assert column(back, name) == column(left_out, name)
+
+
+OPTIMIZERS = {
+    "Muon": ["--learning_rate", "1e-3"], "Prodigy": ["--learning_rate", "1", "--optimizer_args", "d0=3e-4"],
+    "DAdaptAdam": ["--learning_rate", "1", "--optimizer_args", "d0=3e-4"], "CAME": ["--learning_rate", "1e-3"],
+    "AdamWScheduleFree": ["--learning_rate", "1e-3"], "ProdigyPlusScheduleFree": ["--learning_rate", "1", "--optimizer_args", "d0=3e-4"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_going_back_takes_counters_and_sums_of_the_optimizer_back(base, tmp_path, monkeypatch, name):
+    """What it keeps for all weights together is that of the state, in the optimizer that has gone on meanwhile. With validation,
+    which looks at other weights than those that train, and in bf16, where the step is taken apart."""
+    record = find(name)
+    if importlib.util.find_spec(record.path.partition(".")[0]) is None:
+        pytest.skip(f"{record.package} is not installed")
+    spoil(monkeypatch.setattr, {4, 6})
+    flags = [*with_flag(base, "max_train_steps", 7), "--optimizer_type", name, *OPTIMIZERS[name], "--mixed_precision", "bf16", *STATES,
+             "--validation_split", "0.25", "--validate_every_n_steps", "1", "--save_state"]
+    apart = [["--fused_backward_pass"]] if record.per_parameter else [[]]
+    runs = {"back": ["rollback", "--save_state_every_n_steps", "3", "--async_save"], "left_out": ["skip"], "once": ["rollback", *apart[0]]}
+    for out, (policy, *more) in runs.items():
+        assert main(ENTRY, with_flag([*flags, "--nan_policy", policy, "--max_grad_norm", "0", *more], "output_dir", tmp_path / out)) == 0
+    for out in ("back", "once"):
+        assert content(tmp_path / out / "last-state") == content(tmp_path / "left_out" / "last-state"), out
+        one, other = (load_file(tmp_path / run / "last.safetensors") for run in (out, "left_out"))
+        assert all(torch.equal(one[key], other[key]) for key in other)
+        for values in ("loss", "mean_loss", "lr/denoiser", "validation_loss"):
+            assert column(tmp_path / out, values) == column(tmp_path / "left_out", values), values
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there it would end this very process")

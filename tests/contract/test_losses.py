@@ -57,6 +57,15 @@ def test_features_leave_the_losses_alone(case, train, data, tmp_path, flags):
         assert losses(train(tmp_path / "again", data, *STEPS, *CACHED, *flags, *extra)) == featured
 
 
+def test_kinds_of_loss_and_a_perturbed_input_reach_the_step(case, first, train, data, tmp_path):
+    """Each of them gives other numbers than the default, in every step."""
+    kinds = {kind: ("--loss_type", *kind.split()) for kind in ("l2", "l1", "huber --huber_schedule snr", "smooth_l1 --huber_schedule constant")}
+    if "ip_noise_gamma" in case.entry.settings():
+        kinds["perturbed"] = ("--ip_noise_gamma", "0.3", "--ip_noise_gamma_random_strength")
+    found = [losses(train(tmp_path / kind, data, "--max_train_steps", "1", *CACHED, *flags)) for kind, flags in kinds.items()]
+    assert len({tuple(each) for each in found}) == len(kinds) == 4 + (case.name != "sd3-medium") and all(each[0] > 0 for each in found)
+
+
 @pytest.mark.parametrize("workers", ["0", "1", "2"])
 def test_encoding_for_each_batch_gives_the_cached_losses(case, first, train, data, tmp_path, workers):
     cached = losses(train(tmp_path / "cached", data, *STEPS, *CACHED))

@@ -51,16 +51,16 @@ def test_values_that_ask_for_nothing_pass_in_silence(tmp_path):
         'loss_type = "l2"', 'huber_schedule = "snr"', "huber_c = 0.1", "clip_skip = 1", "caption_dropout_rate = 0.0",
         "noise_offset = 0", "keep_tokens = 0", "lr_scheduler_num_cycles = 1", "lr_scheduler_power = 1", "prior_loss_weight = 1.0",
         "max_token_length = 75", "shuffle_caption = false", "blocks_to_swap = 0", 'dynamo_backend = "no"', 'resume = ""',
-        "ip_noise_gamma = 0", "xformers = false", "network_args = []"]))
+        "ip_noise_gamma = 0", "fused_optimizer_groups = 0", "xformers = false", "network_args = []"]))
     assert parse(ENTRY, [*REQUIRED, "--config_file", str(file), "--flip_aug=false", "--loss_type=l2"], {}).notes == ()
 
 
 def test_other_values_of_the_same_flags_do_not():
     with pytest.raises(UserError) as caught:
-        parse(ENTRY, [*REQUIRED, "--torch_compile", "--ip_noise_gamma", "0.1", "--network_dim", "0",
+        parse(ENTRY, [*REQUIRED, "--torch_compile", "--fused_optimizer_groups", "2", "--network_dim", "0",
                       "--network_args", "a=1", "b=2"], {})
     assert [line.split(":")[0] for line in caught.value.problems] == [
-        "--torch_compile", "--ip_noise_gamma", "--network_dim", "--network_args"]
+        "--torch_compile", "--fused_optimizer_groups", "--network_dim", "--network_args"]
 
 
 def test_inert_flag_from_the_file_is_named_with_its_line(tmp_path):

@@ -190,6 +190,15 @@ def test_hub_cache_with_shards_missing_is_not_used(tmp_path, checkpoint):
     assert set(locate(checkpoint, [part], looks_like, offline(tmp_path))["wheel"].tensors) == set(shards)
 
 
+def test_a_given_folder_that_is_not_clear_is_told_with_its_flag(tmp_path, checkpoint):
+    for name in ("one", "two"):
+        write(tmp_path / "wheels" / f"{name}.safetensors", "wheel.weight")
+    with pytest.raises(UserError) as caught:
+        locate(checkpoint, [spec(given=tmp_path / "wheels")], looks_like, offline(tmp_path))
+    assert str(caught.value) == (f"--wheel: {tmp_path / 'wheels'}: several safetensors files: one.safetensors, two.safetensors; "
+                                 "give the one that is meant")
+
+
 def test_nothing_is_downloaded_while_something_is_missing(tmp_path, checkpoint):
     there = write(tmp_path / "remote" / "wheel.safetensors", "wheel.weight")
     hub = FakeHub(tmp_path / "hub", {("org/cars", "wheel.safetensors"): there})

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from library.config.flow_options import FlowOptions
+from library.config.loss_options import LossOptions
 from library.objectives.flow import Flow, Noisy
 from library.objectives.loss import per_sample
 from library.objectives.noise import Draws, draw
@@ -117,3 +118,31 @@ def test_noisy_is_immutable():
     noisy = Noisy(torch.zeros(1), torch.zeros(1), torch.zeros(1))
     with pytest.raises(AttributeError):
         noisy.level = torch.ones(1)
+
+
+@pytest.mark.parametrize("varies", [False, True])
+def test_a_perturbed_input_leaves_levels_and_targets_alone(varies):
+    """x_t has more noise than the target knows of, by a draw of its own: nothing at level 0, its whole size at level 1."""
+    randomness, level = draw(0, 0, ["a", "b", "c"], (4, 32, 32)), torch.tensor([0.0, 0.5, 1.0])
+    latents = torch.randn(3, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    plain, other = flow().noise(latents, randomness, level), flow(ip_noise_gamma=0.2, ip_noise_gamma_random_strength=varies)
+    perturbed = other.noise(latents, randomness, level)
+    assert torch.equal(perturbed.target, plain.target) and torch.equal(other.level(randomness, 16), flow().level(randomness, 16))
+    sizes = (perturbed.x_t - plain.x_t).std(dim=(1, 2, 3))
+    strengths = 0.2 * (randomness.uniforms("input perturbation strength") if varies else torch.ones(3))
+    torch.testing.assert_close(sizes, level * strengths, rtol=0.05, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2", "huber", "smooth_l1"])
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+def test_kinds_of_loss_reach_the_reduction(kind, schedule):
+    """A flow's noise is sigma / (1 - sigma) times as large as its signal, so the width by snr is (1 - c) (1 - sigma)^2 + c."""
+    objective = Flow(FlowOptions(), LossOptions(loss_type=kind, huber_schedule=schedule, huber_c=0.2, huber_scale=1.5))
+    level, target = torch.tensor([0.0, 0.25, 1.0]), torch.ones(3, 4, 2, 2)
+    width = {"constant": torch.full((3,), 0.3), "exponential": 1.5 * 0.2**level, "snr": 0.8 * (1 - level) ** 2 + 0.2}[schedule]
+    root = (0.3**2 + width**2).sqrt() - width
+    expected = {"l1": torch.full((3,), 0.3), "l2": torch.full((3,), 0.09), "huber": 2 * width * root, "smooth_l1": 2 * root}[kind]
+    noisy = Noisy(target, level, target)
+    torch.testing.assert_close(objective.losses(target + 0.3, noisy), expected, rtol=1e-4, atol=1e-6)
+    mask = torch.tensor([1.0, 0.0]).expand(3, 1, 2, 2)  # half of the cells; the mean runs over all of them
+    torch.testing.assert_close(objective.losses(target + 0.3, noisy, mask), expected / 2, rtol=1e-4, atol=1e-6)

@@ -91,8 +91,9 @@ def test_no_noise_at_all_is_no_reason_for_an_infinite_loss():
         assert (flow.losses(torch.ones_like(noisy.target), still) * flow.weight(still.level)).isfinite().all()
 
 
-def test_masks_and_huber():
-    flow = objective(LossOptions(loss_type="huber", huber_schedule="exponential"))
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+def test_masks_and_huber(schedule):
+    flow = objective(LossOptions(loss_type="huber", huber_schedule=schedule))
     noisy, _ = noisy_pair(flow)
     output = torch.zeros_like(noisy.target)
     whole = flow.losses(output, noisy)

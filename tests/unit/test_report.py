@@ -79,6 +79,18 @@ def test_a_run_from_beginning_to_end(tmp_path):
     assert "stopped by SIGTERM &amp; co" in page and ">stopped<" in page
     assert page.count("data:image/jpeg") == 3 and re.findall(r'data-step="(\d+)"', page) == ["0", "20", "40"]
     assert "run-step00000020.safetensors</span> (step 20)" in page and "--resume latest</pre>" in page
+    assert "--resume_from_huggingface" not in page
+    on_hub = '[hub]\nhuggingface_repo_id = "ann/cats"\n[state]\nsave_state_to_huggingface = true\n'
+    other = make(tmp_path, settings=on_hub)
+    other.write(STOPPED)
+    assert "from the newest state in ann/cats" in text_of(other)
+    assert "--resume latest --resume_from_huggingface</pre>" in text_of(other)
+    other.write(FINISHED)
+    assert "--max_train_steps N --resume_anyway</pre>" in text_of(other)  # a schedule that is not known here
+    steady = make(tmp_path, settings='[optimizer]\nlr_scheduler = "constant"\nlr_warmup_steps = 9\n[training]\nmax_train_epochs = 3\n')
+    steady.write(FINISHED)
+    assert "exactly as if there had been no stop" in text_of(steady)
+    assert "--resume latest --max_train_epochs N</pre>" in text_of(steady)
     assert "<b>40</b>" in page and "of 100 steps" in page and "120" in page  # 40 steps of 3 pictures
     assert numbers(page).keys() == {"loss", "rate", "speed", "memory"}
     assert [series["title"] for series in numbers(page)["rate"]["series"]] == ["denoiser", "clip l"]

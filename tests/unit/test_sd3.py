@@ -75,7 +75,7 @@ def test_learning_rates_of_the_encoders(read):
     ("--t5xxl_device gpu", "'gpu' is not a device"), ("--t5xxl_dtype int8", "--t5xxl_dtype: 'int8' is not one of"),
     ("--clip_l_dropout_rate 1.5", "--clip_l_dropout_rate"), ("--logit_mean 1", "--weighting_scheme logit_normal"),
     ("--mode_scale 1", "--weighting_scheme mode"), ("--min_timestep 500 --max_timestep 400", "leaves nothing below"),
-    ("--loss_type huber --huber_schedule snr", "rectified flow"), ("--discrete_flow_shift 3", "write --training_shift"),
+    ("--discrete_flow_shift 3", "write --training_shift"),
     ("--timestep_sampling shift", "--weighting_scheme and --training_shift set the levels"),
     ("--block_lr 1", "belongs to the script of another"), ("--torch_compile", "not built yet"),
     ("--save_model_as ckpt", "--save_model_as")])

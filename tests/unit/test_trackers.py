@@ -90,6 +90,17 @@ def test_a_resumed_run_goes_on_in_the_same_curves(tmp_path):
     assert [(point.step, point.value) for point in read_events(run / "finetuning").Scalars("loss/step")] == [(1, 1.0), (2, 2.0)]
 
 
+def test_steps_that_are_done_again_stand_in_tensorboard_once(tmp_path):
+    tracker = open_tracker(LoggingOptions(logging_dir=tmp_path), None, is_main=True)
+    for step in (1, 2, 3):
+        tracker.write(step, {"loss/step": 1.0})
+    tracker.go_back(1)
+    tracker.write(2, {"loss/step": 2.0})
+    tracker.close()
+    (run,) = tmp_path.iterdir()
+    assert [(point.step, point.value) for point in read_events(run / "finetuning").Scalars("loss/step")] == [(1, 1.0), (2, 2.0)]
+
+
 def test_a_state_from_elsewhere_names_no_folder_outside(tmp_path):
     tracker = open_tracker(LoggingOptions(logging_dir=tmp_path / "logs"), None, is_main=True, resumed={"tensorboard": "../../x"}, done=3)
     tracker.close()
