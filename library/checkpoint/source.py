@@ -171,6 +171,9 @@ def staging_buffer(device: torch.device | str = "cpu") -> torch.Tensor:
 def _open_folder(folder: Path) -> Source:
     if (folder / "model_index.json").is_file():
         parts = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        if not parts:
+            raise UserError("a diffusers folder without the folders of its models", place=str(folder),
+                            remedy="download the whole of it, not model_index.json alone")
         raise UserError("a diffusers folder of several models", place=str(folder),
                         remedy=f"give one of its parts: {', '.join(parts)}")
     index = _only(folder, sorted(folder.glob("*.index.json")), "index files")

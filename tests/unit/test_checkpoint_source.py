@@ -110,6 +110,9 @@ def test_folders_that_are_no_set_of_weights(tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "model_index.json").write_text("{}")
     assert "give one of its parts: vae" in refusal(tmp_path)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "model_index.json").write_text("{}")
+    assert "without the folders of its models; download the whole of it" in refusal(tmp_path / "alone")
 
 
 def test_incomplete_shards(tmp_path):
