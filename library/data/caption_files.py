@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from library.data.augment import without_face
@@ -11,6 +12,7 @@ from library.data.header import READ_FLAGS
 from library.errors import UserError
 
 LARGEST = 1 << 20  # bytes; nobody writes a caption of this length, but folders hold other files with these suffixes
+USUAL_SUFFIXES = (".txt", ".caption", ".json", ".cap", ".tags", ".text", ".TXT")  # to name where none is found
 
 
 class EmptyCaption(UserError):
@@ -24,6 +26,12 @@ def stems(name: str) -> tuple[str, ...]:
     folder, slash, last = stem.rpartition("/")
     plain = without_face(last)
     return (stem,) if plain == last else (stem, folder + slash + plain)
+
+
+def other_caption(picture: str, suffixes: Sequence[str]) -> str:
+    """The path of a caption beside ``picture`` that has a usual ending other than ``suffixes``, or nothing."""
+    return next((stem + suffix for stem in stems(picture) for suffix in USUAL_SUFFIXES
+                 if suffix not in suffixes and os.path.isfile(stem + suffix)), "")
 
 
 def read_caption(path: str, separator: str) -> tuple[str, os.stat_result]:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy
 
 from library.data import select
+from library.data.caption_look import unread_captions
 from library.data.items import Items
 from library.data.duplicates import duplicates
 from library.data.mask_look import look_at_masks
@@ -56,13 +57,14 @@ def gather(scan: Scan, selection: Selection | None, plan: StepPlan | None,
            tokens: Counted = Counted(), hash_bytes: int = LOG_BYTES, masks: int = LOG_MASKS) -> list[Finding]:
     """All findings, the worst first. ``selection`` and ``plan`` are None when nothing is left to train on.
 
-    ``tokens``: of the captions that were counted. At most ``hash_bytes`` of pictures are read, and ``masks`` of each
-    subset's masks.
+    ``tokens``: of the captions that were counted. At most ``hash_bytes`` of pictures are read, and beside ``masks``
+    pictures of each subset is looked for masks that teach nothing and captions that are not read.
     """
     found = _problems(scan)
     if selection is not None:
         items = selection.train
-        found += [*_sizes(items), *_cropped(items), *_lonely(items), *_masks(items, masks), *_dropped(scan.items, selection)]
+        found += [*_sizes(items), *_cropped(items), *_lonely(items), *_masks(items, masks), *_unread(items, masks),
+                  *_dropped(scan.items, selection)]
     found += [*_duplicates(scan.items, hash_bytes), *too_long(tokens)]
     if plan is not None:
         found.append(_epoch(plan))
@@ -177,6 +179,20 @@ def _masks(items: Items, most: int) -> list[Finding]:
         title = f"alpha_mask is set, but no picture that was looked at in {_count(len(opaque), 'subset')} has transparent parts"
         found.append(Finding("no transparency", "warning", title, tuple(opaque),
                              "leave alpha_mask out there, or save the pictures with their transparency (PNG, WebP)"))
+    return found
+
+
+def _unread(items: Items, most: int) -> list[Finding]:
+    """Captions beside pictures that are shown with class_tokens, because the captions end otherwise."""
+    found = []
+    for unread in unread_captions(items, most):
+        subset, count = items.subsets[unread.subset], len(unread.rows)
+        found.append(Finding(
+            "unread captions", "warning", f"{count} of {_count(unread.seen)} looked at {'has' if count == 1 else 'have'} a "
+            f"{unread.suffix} file that is not read: “{_short(subset.class_tokens or '')}” stands in as the caption",
+            _examples(items, unread.rows[:EXAMPLES]),
+            (f"--caption_extension {unread.suffix}" if subset.place.startswith("--") else
+             f'caption_extension = "{unread.suffix}" at {subset.place}') + " reads them; if they are no captions, all is well"))
     return found
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy
 
 from library.data import problems
-from library.data.caption_files import EmptyCaption, read_caption
+from library.data.caption_files import EmptyCaption, other_caption, read_caption
 from library.data.cores import own_cores
 from library.data.header import picture_size
 from library.data.keyed import hash64
@@ -25,7 +25,6 @@ from library.data.spec import SubsetSpec
 from library.data.strings import Strings
 from library.errors import UserError
 
-USUAL_SUFFIXES = (".txt", ".caption", ".json", ".cap", ".tags", ".text", ".TXT")  # of captions, to name where none is found
 UNKNOWN = -1  # both numbers of the stamp of a file that has to be looked at
 CHUNK = 8192  # pictures that one process looks at before it reports
 MOST_PROCESSES = 16
@@ -42,10 +41,12 @@ class Rules:
     separator: str
     class_tokens: str | None
     place: str
+    listed: str = ""  # the file or class that names the pictures, where it is not their folder
 
     @classmethod
     def of(cls, subset: SubsetSpec, root: Path) -> Rules:
-        return cls(str(root), subset.caption_suffixes, subset.captions.separator, subset.class_tokens, subset.place)
+        return cls(str(root), subset.caption_suffixes, subset.captions.separator, subset.class_tokens, subset.place,
+                   str(subset.metadata_file or subset.source or ""))
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def look(chunk: Chunk) -> Looked:
             hashes.append((row, hash64(name)))
         path = root + name if sources is not None else os.path.join(root, name)  # a listed one may lie elsewhere
         if not _unchanged(path, stamps[index]):
-            pictures.append((row, *_picture(path, tally)))
+            pictures.append((row, *_picture(path, rules.listed, tally)))
             if pictures[-1][1] == UNKNOWN and sources is not None:  # one complaint is enough
                 captions.append((row, UNKNOWN, UNKNOWN))
                 texts.append("")
@@ -135,10 +136,13 @@ def _unchanged(path: str | None, stamp: Sequence[int]) -> bool:
     return state.st_mtime_ns == stamp[1] and state.st_size == stamp[0]
 
 
-def _picture(path: str, tally: Tally) -> tuple[int, int, int, int]:
+def _picture(path: str, listed: str, tally: Tally) -> tuple[int, int, int, int]:
     try:
         (width, height), state = picture_size(path)
     except UserError as error:
+        if listed and not os.path.lexists(path):  # a name that is wrong, rather than a file that was there a moment ago
+            error = UserError(f"there is no such picture, but {listed} lists it", place=path,
+                              remedy="correct its name there, correct image_dir, or remove the record")
         tally.add(problems.UNREADABLE, path, error)
         return UNKNOWN, UNKNOWN, 0, 0
     return state.st_size, state.st_mtime_ns, width, height
@@ -176,11 +180,11 @@ def _caption(caption: str | None, picture: str, rules: Rules, tally: Tally) -> t
         return rules.class_tokens, (0, 0)
     stem = os.path.splitext(os.path.basename(picture))[0]
     looked = " or ".join(stem + suffix for suffix in rules.suffixes)
-    other = next((suffix for suffix in USUAL_SUFFIXES if suffix not in rules.suffixes
-                  and os.path.isfile(os.path.splitext(picture)[0] + suffix)), "")
+    other = other_caption(picture, rules.suffixes)
+    setting = f'caption_extension = "{os.path.splitext(other)[1]}"'
     tally.add(problems.NO_CAPTION, picture, UserError(
         f"the picture has no caption ({looked} beside it) and its subset no class_tokens", place=picture,
-        remedy=f'there is {stem + other}: set caption_extension = "{other}" at {rules.place}' if other else
+        remedy=f'there is {os.path.basename(other)}: set {setting} at {rules.place}' if other else
         f"write one, or set class_tokens at {rules.place}"))
     return "", (UNKNOWN, UNKNOWN)
 

@@ -227,6 +227,17 @@ def test_latents_beside_pictures_become_the_records_a_run_looks_for(tmp_path):
     assert (again.records, again.known) == (0, 2)
 
 
+def test_a_file_of_a_longer_name_is_of_another_picture(tmp_path):
+    """``img1`` neither takes the latents of ``img10`` nor its size, as looking for names that begin alike would have it."""
+    for name, size in (("img1", (64, 96)), ("img10", (96, 64))):
+        picture(tmp_path / "p" / f"{name}.png", size)
+    items = one_folder(tmp_path / "p")
+    beside(items[1])
+    store, done = imported(items, tmp_path / "cache")
+    assert (done.records, done.without, done.unfit) == (1, 1, []) and [row >= 0 for row in rows_of(items, store)] == [False, True]
+    assert [(item.path.stem, item.size) for item in items] == [("img1", (64, 96)), ("img10", (96, 64))]
+
+
 def test_a_mask_comes_from_the_picture(tmp_path):
     alpha = numpy.zeros((64, 64, 4), dtype=numpy.uint8)
     alpha[:, :32, 3] = 255

@@ -116,6 +116,24 @@ def test_transparency_that_is_not_there(folder, tmp_path):
     assert "black masks" not in found_in(scan_folder(folder))  # masks that are not used
 
 
+def test_captions_of_another_ending_behind_class_tokens(folder):
+    """With class_tokens nothing is missing, so that a wrong ending would train every picture on the same words."""
+    for index in range(6):
+        (folder / f"{index}.txt").rename(folder / f"{index}.caption")
+    (folder / "3.caption").rename(folder / "3_10_10_20_20.caption")  # not the caption of 3.png
+    (folder / "3.json").write_text('{"downloaded": 2024}', encoding="utf-8")
+    subset = "class_tokens = 'a cat'\ncaption_extension = '.txt'"
+    unread = found_in(scan_folder(folder, subset=subset))["unread captions"]
+    assert unread.severity == "warning" and unread.title == (
+        "5 of 6 pictures looked at have a .caption file that is not read: “a cat” stands in as the caption")
+    assert [example.path.name for example in unread.examples] == ["0.png", "1.png", "2.png", "4.png", "5.png"]
+    assert 'caption_extension = ".caption" at ' in unread.remedy and "dataset.toml:" in unread.remedy
+    assert "unread captions" not in found_in(scan_folder(folder, subset="class_tokens = 'a cat'"))  # .caption is read
+    for path in folder.glob("*.caption"):
+        path.with_suffix(".txt").write_text("a cat", encoding="utf-8")  # the same words from the right file
+    assert "unread captions" not in found_in(scan_folder(folder, subset=subset))
+
+
 def test_what_settings_leave_out(folder):
     picture(folder / "small.png", (40, 40))
     found = found_in(scan_folder(folder, more="skip_image_resolution = 64\nvalidation_split = 0.34"))
