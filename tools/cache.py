@@ -137,7 +137,8 @@ def _import(arguments: argparse.Namespace) -> int:
     if not config.caching.cache_latents_to_disk:
         raise UserError("nothing would be kept", remedy="add --cache_latents_to_disk, as the training will have it")
     from library.encode import encoding_dtype
-    from library.run import begin_log, join, open_inputs
+    from library.inputs import begin_log, open_inputs
+    from library.run import join
 
     begin_log(config)
     data, arch = open_inputs(entry, config)

@@ -16,7 +16,7 @@ LAYERS = [
      "state_writing"],
     ["step", "step_flops"],
     ["trackers", "upload", "state_upload", "measures", "run_metadata", "encode", "loop", "validation", "build", "states", "outputs",
-     "previewing", "ending", "planning", "run"],
+     "previewing", "ending", "planning", "inputs", "run"],
     ["app"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

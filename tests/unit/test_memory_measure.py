@@ -18,6 +18,7 @@ import sdxl_train
 from library.architectures.base import NO_ENCODERS
 from library.config.loss_options import LossOptions
 from library.config.parse import parse
+from library.inputs import architecture_of
 from library.memory.measure import measure
 from library.memory.needs import Needs
 from library.memory.recompute import Recompute
@@ -25,7 +26,6 @@ from library.memory.setting import Setting
 from library.memory.trace import Trace
 from library.methods import full
 from library.planning import measure_step, micro_batch
-from library.run import architecture_of
 from tests.tiny import make_flux_files
 from tests.tiny_lumina import make_image_2_files, make_next_files
 from tests.tiny_sdxl import make_sdxl_files
