@@ -17,8 +17,9 @@ MAX_PIXELS = 256 * 1024**2  # 800 MB as RGB; larger than any camera's single pic
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses above twice this number, and warns from it on
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# The dialect's list plus GIF (first frame) and TIFF. AVIF and JPEG XL only where Pillow can read them.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
+# The dialect's list plus GIF (first frame) and TIFF. AVIF and JPEG XL only where Pillow can read them; it cannot read what
+# telephones write (HEIF), which is said rather than passed over.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".heic", ".heif")
 
 # Without waiting: a pipe that somebody named like a picture would be waited for without end.
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)

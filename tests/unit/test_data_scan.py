@@ -232,6 +232,13 @@ def test_formats_that_this_pillow_lacks(folder, monkeypatch):
     assert len(found.items) == 1 and found.problems[0].kind == kinds.FORMAT and "b.jxl" in str(found.problems[0].error)
 
 
+def test_pictures_of_a_telephone_are_not_passed_over(folder):
+    picture(folder / "a.png")
+    (folder / "IMG_0001.HEIC").write_bytes(b"x")
+    (problem,) = scan_folder(folder).problems
+    assert problem.kind == kinds.FORMAT and problem.severity == "warning" and "IMG_0001.HEIC" in str(problem.error)
+
+
 def test_masks_by_stem(folder, tmp_path):
     for name in ("a.png", "b.jpg", "sub/a.png"):
         picture(folder / name)
