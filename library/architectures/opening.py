@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ def open_checkpoint(spec: CheckpointSpec, name: str | Path, hub: Hub) -> Source:
     if path.is_dir():
         inside = next((path / file for file in spec.files if (path / file).is_file()), None)
         component = path / spec.component
+        if inside is None and not component.is_dir():
+            _check_pipeline(path, spec)
         return open_source(inside or (component if component.is_dir() else path))
     repo = repository(name)
     if path.exists() or repo is None:
@@ -60,6 +63,20 @@ def open_checkpoint(spec: CheckpointSpec, name: str | Path, hub: Hub) -> Source:
     raise UserError(f"{name} is neither a file or folder here nor in the hub cache, and {', '.join(dict.fromkeys(reasons))}",
                     place=FLAG,
                     remedy=f"give the path of a checkpoint of {spec.title}, or the name of a hub repository that holds one")
+
+
+def _check_pipeline(folder: Path, spec: CheckpointSpec) -> None:
+    """UserError for a diffusers pipeline of another model, or one that lacks the denoiser's folder; it may hold other parts."""
+    index = folder / "model_index.json"
+    if not index.is_file() or not any(entry.is_dir() for entry in folder.iterdir()):
+        return
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = None
+    raise UserError(f"{folder} is a diffusers folder{f' ({kind})' if kind else ''} without the folder {spec.component}, "
+                    f"which holds the weights of {spec.title}", place=FLAG,
+                    remedy=f"download the whole of it, or give the folder of {spec.title}")
 
 
 def repository(name: str | Path) -> str | None:

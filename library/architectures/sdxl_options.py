@@ -31,15 +31,24 @@ _DIALECT: tuple[Record, ...] = tuple(records(ELSEWHERE, "v2", "belongs to SD 2.x
 
 def read_block_rates(value: Any) -> str:
     """``block_lr`` from ``"0,1e-5,..."`` or a TOML list: 23 learning rates in the canonical form of the first."""
-    parts = value.split(",") if isinstance(value, str) else value
-    try:
-        rates = [float(part) for part in parts if not isinstance(part, bool)]
-    except (TypeError, ValueError):
-        rates = []
-    if len(rates) != BLOCK_RATES or not all(math.isfinite(rate) and rate >= 0 for rate in rates):
-        raise ValueError(f"{BLOCK_RATES} learning rates",
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    rates = [_rate(part) for part in parts]
+    wrong = next((index for index, rate in enumerate(rates) if rate is None), None)
+    if len(rates) != BLOCK_RATES or wrong is not None:  # so many values: say which one, or how many there are
+        why = (f"it has {len(rates)}" if wrong is None
+               else f"value {wrong + 1} is {str(parts[wrong]).strip()!r}, not a number of 0 or more")
+        raise ValueError(f"{BLOCK_RATES} learning rates: {why}",
                          "write them with commas: one for the embeddings, 9 down, 3 in the middle, 9 up, one for the output")
     return ",".join(show(rate) for rate in rates)
+
+
+def _rate(part: Any) -> float | None:
+    """``part`` as a learning rate; None when it is none."""
+    try:
+        rate = float(part)
+    except (TypeError, ValueError):
+        return None
+    return rate if not isinstance(part, bool) and math.isfinite(rate) and rate >= 0 else None
 
 
 def read_token_length(value: Any) -> int:

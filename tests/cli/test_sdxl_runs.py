@@ -135,7 +135,10 @@ def test_mistakes(flags, sdxl, tmp_path):
     (tmp_path / "prompts.txt").write_text("a box --ss eulr\n")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "busy").mkdir()
+    (tmp_path / "folder" / "vae").mkdir(parents=True)
+    (tmp_path / "folder" / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
     mistakes = [
+        (with_flag(flags, model, tmp_path / "folder"), [f"--{model}", "StableDiffusion3Pipeline", "without the folder unet", "download"]),
         (with_flag(flags, model, flux.checkpoint), ["flux1-dev.safetensors", "flux_train.py"]),
         (with_flag(flags, model, evil), ["evil.ckpt", "safetensors"]),
         (with_flag(flags, model, inpainting), ["inpainting"]),

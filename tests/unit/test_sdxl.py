@@ -67,9 +67,9 @@ def test_block_rates_from_the_command_line_and_from_toml(read, tmp_path):
 
 
 @pytest.mark.parametrize("argv, expected", [
-    ("--block_lr 1e-5,1e-5", "--block_lr: '1e-5,1e-5' is not 23 learning rates"),
-    ("--block_lr " + ",".join(["x"] * 23), "is not 23 learning rates"),
-    ("--block_lr " + ",".join(["-1"] + ["1"] * 22), "is not 23 learning rates"),
+    ("--block_lr 1e-5,1e-5", "--block_lr: '1e-5,1e-5' is not 23 learning rates: it has 2;"),
+    ("--block_lr " + ",".join(["1"] * 22 + ["fast"]), "is not 23 learning rates: value 23 is 'fast', not a number of 0 or more"),
+    ("--block_lr " + ",".join(["-1"] + ["1"] * 22), "is not 23 learning rates: value 1 is '-1'"),
     ("--block_lr " + ",".join(["0"] * 23), "--block_lr: every block has a learning rate of 0"),
     ("--learning_rate_te1 1e-5", "--learning_rate_te1: has no effect without --train_text_encoder"),
     ("--train_text_encoder --learning_rate_te1 0 --learning_rate_te2 0", "both text encoders have a learning rate of 0"),
