@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -59,7 +60,7 @@ class Setting:
 
 def settings_of(section: str, cls: type, defaults: Mapping[str, Any] | None = None) -> list[Setting]:
     """The settings of a dataclass made with ``schema.flag``; ``defaults`` overrides some of its own."""
-    hints, found = typing.get_type_hints(cls), []
+    hints, found = _type_hints(cls), []
     for field in dataclasses.fields(cls):
         kinds = [hints[field.name]]
         if typing.get_origin(kinds[0]) in (types.UnionType, typing.Union):
@@ -69,6 +70,9 @@ def settings_of(section: str, cls: type, defaults: Mapping[str, Any] | None = No
         title = field.metadata["title"] or cls.title
         found.append(Setting(field.name, section, title, plain[-1], len(plain) < len(kinds), default, field.metadata))
     return found
+
+
+_type_hints = functools.cache(typing.get_type_hints)  # of a class they never change, and every start asks for them many times
 
 
 def from_text(setting: Setting, text: str | list[str], place: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from library import outputs
 from library.app import main
 from tests.contract.cases import CASES
 
@@ -52,6 +53,12 @@ def losses(folder: Path, name: str = "last") -> list[float]:
     """The loss of every step of a run, from its CSV."""
     with (folder / f"{name}_log.csv").open(encoding="utf-8", newline="") as file:
         return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures_of_the_loss(monkeypatch):
+    """A seventh of a tiny run is spent on that picture, which other tests look at."""
+    monkeypatch.setattr(outputs, "write_loss_curve", lambda *_: False)
 
 
 @pytest.fixture

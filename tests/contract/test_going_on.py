@@ -20,12 +20,12 @@ STEPS, END = 6, "last-step00000006-state"  # of epochs of 3: the state of step 4
 ALL = ("--gradient_accumulation_steps", "2", "--ema_decay", "0.9", "--lr_scheduler", "cosine")
 MODES = {
     "standard": ALL,
-    "bf16": ("--mixed_precision", "bf16", "--full_bf16", "--optimizer_type", "AdamW8bit"),
     "fused": ("--fused_backward_pass", *ALL),
     "blockwise": ("--blockwise_fused_optimizers", "--mixed_precision", "bf16", "--full_bf16", "--optimizer_type", "Adafactor", *ALL),
     "streamed": ("--blocks_to_swap", "2", "--stream_optimizer_states", *ALL),
 }
 KEPT = {  # what an optimizer or the scale of gradients keeps, shown on one model
+    "bf16": ("--mixed_precision", "bf16", "--full_bf16", "--optimizer_type", "AdamW8bit"),
     "summing": ("--optimizer_type", "Prodigy", "--learning_rate", "1", "--optimizer_args", "d0=3e-4"),
     "averaging": ("--optimizer_type", "AdamWScheduleFree", "--mixed_precision", "bf16", "--blocks_to_swap", "2", "--validation_split", "0.3",
                   "--gradient_accumulation_steps", "2"),

@@ -42,6 +42,8 @@ def test_the_same_weights_as_a_plain_run(case, train, plain, data, blocks, tmp_p
     """The cases that are one more variant of an architecture go through the hardest modes only."""
     if case.variant and (more or mode not in ("swap-all", "swap-parameter")):
         pytest.skip("the architecture's first case goes through all of them")
+    if more and (mode in ("swap", "selective", "offload") or case.name not in ("flux-dev", "sdxl")):
+        pytest.skip("with accumulation and with bf16 weights the harder modes of two architectures show it")
     cached = ("--cache_text_encoder_outputs",)
     if more not in plain:
         out = train(tmp_path / "plain", data, *STEPS, *cached, *more)
