@@ -70,13 +70,19 @@ def _read_text(path: Path) -> str:
         raise UserError("not a UTF-8 text file", place=place, remedy="save it again with the encoding UTF-8") from None
 
 
+# For what has no better advice: YAML and other formats, a colon for the equals sign, a bracket that is not closed
+_OTHERWISE = "a line is key = value, [table] or [[table]]; close what is opened, and begin remarks with #"
+
+
 def _syntax_error(path: Path, text: str, error: tomllib.TOMLDecodeError) -> UserError:
     reason, line = str(error), text.count("\n") + 1
     found = re.search(r"\s*\(at (?:line (\d+), column \d+|end of document)\)$", reason)
     if found:
         reason, line = reason[:found.start()], int(found[1] or line)
-    remedy = ""
-    if "escape" in reason or "hex value" in reason:
+    remedy = _OTHERWISE
+    if text.lstrip()[:1] == "{":
+        remedy = "this looks like JSON: write it as TOML (a dataset file may stay JSON if its name ends in .json)"
+    elif "escape" in reason or "hex value" in reason:
         remedy = "write Windows paths with / or between 'single quotes'"
     elif "overwrite" in reason:
         remedy = "this key stands twice; remove one of them"

@@ -28,10 +28,13 @@ def stems(name: str) -> tuple[str, ...]:
     return (stem,) if plain == last else (stem, folder + slash + plain)
 
 
-def other_caption(picture: str, suffixes: Sequence[str]) -> str:
-    """The path of a caption beside ``picture`` that has a usual ending other than ``suffixes``, or nothing."""
-    return next((stem + suffix for stem in stems(picture) for suffix in USUAL_SUFFIXES
-                 if suffix not in suffixes and os.path.isfile(stem + suffix)), "")
+def other_caption(picture: str, suffixes: Sequence[str]) -> tuple[str, str]:
+    """(file name, ending) of a caption beside ``picture`` that has a usual ending other than ``suffixes``, or empty texts. Some
+    tools put the ending behind the picture's own: ``a.png.txt``."""
+    own = os.path.splitext(picture)[1]
+    usual = [suffix for suffix in (*USUAL_SUFFIXES, f"{own}.txt", f"{own}.caption") if suffix not in suffixes]
+    return next(((os.path.basename(stem) + suffix, suffix) for stem in stems(picture) for suffix in usual
+                 if os.path.isfile(stem + suffix)), ("", ""))
 
 
 def read_caption(path: str, separator: str) -> tuple[str, os.stat_result]:

@@ -39,8 +39,8 @@ def unread_captions(items: Items, most: int) -> Iterator[Unread]:
             picture = str(items.path(row))
             if items.caption(row) != subset.class_tokens or _has_own(picture, subset.caption_suffixes):
                 continue
-            if other := other_caption(picture, (*subset.caption_suffixes, ".json")):
-                found[row] = os.path.splitext(other)[1]
+            if ending := other_caption(picture, (*subset.caption_suffixes, ".json"))[1]:
+                found[row] = ending
         if found:
             yield Unread(number, tuple(found), next(iter(found.values())), len(looked))
 

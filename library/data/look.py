@@ -180,11 +180,10 @@ def _caption(caption: str | None, picture: str, rules: Rules, tally: Tally) -> t
         return rules.class_tokens, (0, 0)
     stem = os.path.splitext(os.path.basename(picture))[0]
     looked = " or ".join(stem + suffix for suffix in rules.suffixes)
-    other = other_caption(picture, rules.suffixes)
-    setting = f'caption_extension = "{os.path.splitext(other)[1]}"'
+    other, ending = other_caption(picture, rules.suffixes)
     tally.add(problems.NO_CAPTION, picture, UserError(
         f"the picture has no caption ({looked} beside it) and its subset no class_tokens", place=picture,
-        remedy=f'there is {os.path.basename(other)}: set {setting} at {rules.place}' if other else
+        remedy=f'there is {other}: set caption_extension = "{ending}" at {rules.place}' if other else
         f"write one, or set class_tokens at {rules.place}"))
     return "", (UNKNOWN, UNKNOWN)
 

@@ -143,7 +143,7 @@ class _Lookup:
 def _record(values: Any, place: str, separator: str) -> Record:
     remedy = 'write {"caption": "...", "tags": "..."}'
     if not isinstance(values, dict):
-        raise UserError(f"not an object: {str(values)[:40]}", place=place, remedy=remedy)
+        raise UserError(f"the record is not an object: {str(values)[:40]!r}", place=place, remedy=remedy)
     image = next((values[key] for key in IMAGE_KEYS if key in values), None)
     if not isinstance(image, (str, os.PathLike)) or not str(image) or not is_text(os.fspath(image)):
         raise UserError("the record names no picture", place=place, remedy='add "image_path": "file"')
@@ -162,7 +162,6 @@ def _record(values: Any, place: str, separator: str) -> Record:
 
 def _of_file(path: Path, tally: Tally) -> Iterator[tuple[str, Any]]:
     """(place, record as a dict with its picture under ``image_path``)."""
-    remedy = "mend the file, or remove it from the dataset"
     try:
         if path.suffix.lower() == ".jsonl":
             with open(path, encoding="utf-8-sig") as lines:
@@ -172,7 +171,7 @@ def _of_file(path: Path, tally: Tally) -> Iterator[tuple[str, Any]]:
                         try:
                             yield place, json.loads(line)
                         except (ValueError, RecursionError) as error:
-                            tally.add(problems.BAD_METADATA, path, UserError(f"not JSON: {error}", place=place, remedy=remedy))
+                            tally.add(problems.BAD_METADATA, path, _not_json(error, path, number))
             return
         with open(path, encoding="utf-8-sig") as file:
             pairs = json.load(file, object_pairs_hook=_Pairs)
@@ -181,14 +180,27 @@ def _of_file(path: Path, tally: Tally) -> Iterator[tuple[str, Any]]:
                                                          remedy="change its permissions"))
         return
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 alike
-        tally.add(problems.BAD_METADATA, path, UserError(f"not JSON: {error}", place=str(path), remedy=remedy))
+        tally.add(problems.BAD_METADATA, path, _not_json(error, path))
         return
     if not isinstance(pairs, _Pairs):
         tally.add(problems.BAD_METADATA, path, UserError("not an object of pictures", place=str(path),
                                                          remedy='write {"picture": {"caption": "..."}, ...}, or use .jsonl'))
         return
     for image, record in pairs:
-        yield str(path), {**_plain(record), "image_path": image} if isinstance(record, _Pairs) else _plain(record)
+        plain = _plain(record)
+        yield (str(path), {**plain, "image_path": image}) if isinstance(record, _Pairs) else (f"{path}: {image}", plain)
+
+
+def _not_json(error: Exception, path: Path, line: int | None = None) -> UserError:
+    """``line``: of a file with JSON in each line; else the whole file was read, and ``error`` may know the line."""
+    if isinstance(error, UnicodeDecodeError):
+        return UserError("not a UTF-8 text file", place=str(path), remedy="save it again with the encoding UTF-8")
+    if isinstance(error, json.JSONDecodeError):
+        place = f"{path}:{line or error.lineno}"
+        return UserError(f"not JSON: {error.msg} (column {error.colno})", place=place,
+                         remedy="mend that place, or remove the file from the dataset")
+    return UserError(f"not JSON: {error}", place=str(path) if line is None else f"{path}:{line}",
+                     remedy="mend the file, or remove it from the dataset")
 
 
 class _Pairs(tuple):

@@ -158,7 +158,7 @@ def class_folders(folder: Path, place: str, notes: list[str]) -> list[ClassFolde
     loose = sum(entry.suffix.lower() in SUFFIXES for entry in entries)
     if not found:
         raise UserError(f"no folder in {folder} is named <repeats>_<caption>" + _what_instead(loose, off, other), place=place,
-                        remedy=_tree_remedy(folder, loose))
+                        remedy=_tree_remedy(folder, loose, off))
     for names, why in ((other, "does not begin with a number and _, so it is left out"), (off, "has no repeats and is left out")):
         if names:
             notes.append(f"{place}: {_listed(names)} in {folder} {why}")
@@ -172,12 +172,14 @@ def _what_instead(loose: int, off: list[str], other: list[str]) -> str:
     return f" ({', '.join(parts)})" if parts else ", it is empty"
 
 
-def _tree_remedy(folder: Path, loose: int) -> str:
+def _tree_remedy(folder: Path, loose: int, off: list[str]) -> str:
     own = _CLASS_FOLDER.fullmatch(folder.resolve().name)
     if loose and own and int(own["repeats"][:9]) > 0:
         return f"name the folder around it: {folder.resolve().parent}"
     if loose:
         return "move them to a folder such as 10_a cat in it, or list the folder in the file of --dataset_config"
+    if off:
+        return f"0 leaves a folder out: rename {off[0]} to 1_{off[0].partition('_')[2]}"
     return "rename the folders to such as 10_a cat, or list them in the file of --dataset_config"
 
 

@@ -91,6 +91,10 @@ def test_captions_with_another_ending_are_named(folder):
     picture(folder / "a.png", caption=None).with_suffix(".json").write_text("{}")
     line, = problems(folder)
     assert 'there is a.json: set caption_extension = ".json" at' in line and "class_tokens or" not in line
+    (folder / "a.json").rename(folder / "a.png.txt").write_text("a cat", encoding="utf-8")
+    line, = problems(folder)  # as some tools name them
+    assert 'there is a.png.txt: set caption_extension = ".png.txt" at' in line
+    assert one_folder(folder, subset='caption_extension = ".png.txt"')[0].caption == "a cat"
 
 
 def test_many_mistakes_are_counted_by_kind(folder):

@@ -69,7 +69,7 @@ def test_pictures_outside_the_folder(folder, tmp_path):
 
 
 @pytest.mark.parametrize("record, words", [
-    ({"caption": "no picture"}, ["names no picture"]), ([1], ["not an object"]), ({"image": "a.png"}, ["a.png has no caption"]),
+    ({"caption": "no picture"}, ["names no picture"]), ([1], ["the record is not an object"]), ({"image": "a.png"}, ["a.png has no caption"]),
     ({"image": "a.png", "caption": 3}, ["caption is not a text"]), ({"image": "a.png", "tags": {}}, ["tags is not a text"]),
     ({"image": "a.png", "caption": "a", "loss_weight": "heavy"}, ["loss_weight is heavy"]),
     ({"image": "a.png", "caption": "a", "loss_weight": float("nan")}, ["loss_weight is nan"]),
@@ -91,8 +91,12 @@ def test_bad_records(folder, record, words):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("meta.json", b"{", "not JSON"), ("meta.json", b"[]", "not an object of pictures"), ("meta.json", b"\xff\xfe{}", "not JSON"),
-    ("meta.jsonl", b'{"image": "a.png", "caption": "a"}\n{"image"', ":2: not JSON"), ("meta.json", b"{}", "no pictures in"),
+    ("meta.json", b"{", "not JSON"), ("meta.json", b"[]", "not an object of pictures"), ("meta.json", b"\xff\xfe{}", "not a UTF-8 text file; save it again"),
+    ("meta.jsonl", b'{"image": "a.png", "caption": "a"}\n{"image"', r"jsonl:2: not JSON: [^;]*\(column 9\); mend that place"),
+    ("meta.jsonl", b'{"image": "a.png", "caption": "caf\xe9"}', "not a UTF-8 text file"),
+    ("meta.json", b'{"a.png":\n {"caption" "a"}}', r"json:2: not JSON: [^;]*\(column 13\);"),
+    ("meta.json", b'{"a.png": "a cat"}', "json: a.png: the record is not an object: 'a cat'; write"),
+    ("meta.json", b"{}", "no pictures in"),
     ("meta.jsonl", b"\n", "no pictures in"), ("meta.json", b"[" * 100_000, "not JSON"),
     ("meta.json", b'{"a.png": {"caption": "a", "tags": {}}}', "tags is not a text")])
 def test_bad_files(folder, name, content, words):

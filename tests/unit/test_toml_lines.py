@@ -86,6 +86,7 @@ def test_unknown_paths_fall_back_to_the_enclosing_table(tmp_path):
     (b"a = 1\na = 2\n", (":2: not valid TOML",)),
     (b'a = 1\n\nb = "C:\\quite"\n', (":3: not valid TOML", "single quotes")),
     (b'a = [1,\n2', (":2: not valid TOML",)),
+    (b'{"datasets": []}', (":1: not valid TOML", "JSON", ".json")), (b"a:\n  - b\n", (":1: not valid TOML", "key = value")),
     (b"a = 1\nb = '\xe9'\n", (":2: not a UTF-8", "UTF-8")),
     ("a = 1".encode("utf-16"), ("not a UTF-8",)),
 ])
